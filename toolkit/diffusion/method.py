@@ -1,0 +1,121 @@
+"""What a distillation method is made of: a batch, and phases that each end in a usable student."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from .denoiser import Cond, Denoiser, Guided
+from .grid import Grid
+from .prediction import PredictionType
+from .schedule import NoiseSchedule, alpha, like
+from .solvers import start_noise
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x0: (B, C, H, W) clean latents; cond: B rows; uncond: one row; w: (B,) guidance_scale - 1.
+
+    ``states`` (B, K, C, H, W), where given, are points of the teacher's own trajectory to x0 at the timesteps
+    ``state_timesteps`` (descending) under the same w; ``on_trajectory`` (B,) says which rows start from them.
+    """
+
+    x0: Tensor
+    cond: Cond
+    uncond: Cond
+    w: Tensor
+    states: Tensor | None = None
+    state_timesteps: tuple[int, ...] = ()
+    on_trajectory: Tensor | None = None
+
+    def start(self, timestep: Tensor, *, schedule: NoiseSchedule, generator: torch.Generator) -> Tensor:
+        """x at the timesteps (B,): ``x0 + sigma eps``, or the kept trajectory's point where there is one.
+
+        Of the noised rows at the very top, half are pure noise: sampling starts there, although the top of the
+        schedule still holds a trace of the picture (alpha 0.068 in Stable Diffusion). Noise is drawn on the CPU.
+        """
+        noise = torch.randn(self.x0.shape, generator=generator).to(self.x0.device)
+        sigma = schedule.sigma(timestep).float()
+        x = self.x0 + like(sigma, noise) * noise
+        pure = (torch.rand(len(x), generator=generator) < 0.5).to(x.device) & (timestep == len(schedule) - 1)
+        x = torch.where(pure.reshape(-1, 1, 1, 1), start_noise(noise, sigma), x)
+        if self.states is None or self.on_trajectory is None:
+            return x
+        kept = torch.tensor(self.state_timesteps, device=timestep.device)
+        matches = (timestep[:, None] == kept) & self.on_trajectory[:, None]
+        point = self.states[torch.arange(len(x)), matches.int().argmax(1)].to(x)
+        return torch.where(matches.any(1).reshape(-1, 1, 1, 1), point, x)
+
+
+class Loss(Protocol):
+    """One method's objective at one phase."""
+
+    def __call__(
+        self, *, student: Denoiser, teacher: Denoiser, batch: Batch, generator: torch.Generator
+    ) -> Tensor:
+        """Loss of each sample (B,), float32. Random numbers come from the CPU generator alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training phase; its finished student walks ``grid``.
+
+    ``teacher`` says who is imitated: "pair" is the original teacher with classifier-free guidance, "previous" the
+    student of the phase before. ``teacher_evaluations`` counts network evaluations of the teacher a sample and
+    update (the pair counts two an evaluation of the guided denoiser); ``share`` is this phase's part of all updates.
+    """
+
+    name: str
+    grid: Grid
+    prediction_type: PredictionType
+    teacher: Literal["pair", "previous"]
+    loss: Loss
+    teacher_evaluations: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is told of the run when it plans its phases."""
+
+    schedule: NoiseSchedule
+    prediction_type: PredictionType
+    steps: int
+
+
+def guided_teacher(denoiser: Denoiser, batch: Batch) -> Denoiser:
+    """The teacher as classifier-free guidance runs it on this batch."""
+    return Guided(denoiser, batch.uncond)
+
+
+def velocity_error(velocity: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample (B,), float32."""
+    return ((velocity.float() - target.float()) ** 2).flatten(1).mean(1)
+
+
+def natural_weight(sigma: Tensor, prediction_type: PredictionType) -> Tensor:
+    """Turns a v-error into the plain error of the network's own output: alpha^2 for epsilon, 1 for v."""
+    return alpha(sigma) ** 2 if prediction_type == "epsilon" else torch.ones_like(sigma)
+
+
+def truncated_snr_weight(sigma: Tensor) -> Tensor:
+    """``max(SNR, 1)`` on x0 as a weight on v-error: ``max(alpha^2, sigma_vp^2)``, within [0.5, 1]."""
+    signal = alpha(sigma) ** 2
+    return torch.maximum(signal, 1 - signal)
+
+
+def draw_timesteps(
+    entries: Sequence[int], batch: int, *, inside: float, low: int = 0, generator: torch.Generator
+) -> Tensor:
+    """(B,) training timesteps: grid entries, each equally often; a share ``inside`` uniform over low .. T-1 instead.
+
+    The second kind starts inside the grid's cells, as img2img, hires fix and detailers do.
+    """
+    at_entries = torch.tensor(entries)[torch.randint(len(entries), (batch,), generator=generator)]
+    anywhere = torch.randint(low, max(entries) + 1, (batch,), generator=generator)
+    return torch.where(torch.rand(batch, generator=generator) < inside, anywhere, at_entries)

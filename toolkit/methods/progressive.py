@@ -1,0 +1,133 @@
+"""Progressive distillation with a guidance input: two teacher steps become one, again and again.
+
+Meng et al. 2023, stage 2 (algorithm 2), after Salimans & Ho 2022. The student of N steps answers, at each entry of its
+grid, with the velocity whose single step lands where the teacher's steps landed (``chord_velocity``); the same w goes
+into every teacher step. Weight: truncated SNR, max(SNR, 1) on x0. Convention: trailing grids, the last step lands on
+exactly clean.
+
+``origin`` says who is imitated first: "guided" runs stage 1 and halves from ``finest`` steps; "pair" skips both and
+makes one fold straight from the guided pair, ``substeps`` teacher steps into one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.errors import BadInput
+from ..diffusion.grid import Grid
+from ..diffusion.method import (
+    Batch,
+    Phase,
+    Setting,
+    draw_timesteps,
+    guided_teacher,
+    truncated_snr_weight,
+    velocity_error,
+)
+from ..diffusion.prediction import PredictionType
+from ..diffusion.schedule import CLEAN, NoiseSchedule
+from ..diffusion.solvers import chord_velocity, roll
+from . import guided
+
+
+@dataclass(frozen=True)
+class Config:
+    origin: Literal["guided", "pair"] = field(
+        default="guided", metadata={"help": "start from a stage-1 student, or fold once straight from the CFG pair"}
+    )
+    finest: int = field(default=16, metadata={"help": "at least so many steps before the first halving"})
+    substeps: int = field(default=4, metadata={"help": "teacher steps in one student step, with origin pair"})
+    velocity_at: int = field(
+        default=2, metadata={"help": "students of so many steps or fewer predict v; 0 keeps the teacher's prediction"}
+    )
+    inside: float = field(
+        default=0.25, metadata={"help": "share of each batch that starts inside a cell: img2img at any strength"}
+    )
+
+
+def phases(config: Config, setting: Setting) -> tuple[Phase, ...]:
+    """Stage 1 and the halvings down to ``setting.steps``, or the one fold; the last folds take more updates."""
+    if config.finest < 1 or config.substeps < 1:
+        raise BadInput(f"finest {config.finest} and substeps {config.substeps}: both must be at least 1")
+    if config.origin == "pair":
+        return (_fold(config, setting, setting.steps, teacher="pair", share=1.0),)
+    counts = [setting.steps]
+    while counts[-1] * 2 <= max(config.finest, setting.steps):
+        counts.append(counts[-1] * 2)
+    stage1 = guided.phase(
+        guided.Config(), Setting(setting.schedule, setting.prediction_type, counts[-1]), share=0.4
+    )
+    folds = list(reversed(counts[:-1]))
+    weights = [2.0 if count <= 2 else 1.0 for count in folds]
+    return (
+        stage1,
+        *(
+            _fold(config, setting, count, teacher="previous", share=0.6 * weight / sum(weights))
+            for count, weight in zip(folds, weights, strict=True)
+        ),
+    )
+
+
+def _fold(
+    config: Config, setting: Setting, steps: int, *, teacher: Literal["pair", "previous"], share: float
+) -> Phase:
+    prediction_type: PredictionType = "v_prediction" if steps <= config.velocity_at else setting.prediction_type
+    substeps = config.substeps if teacher == "pair" else 2
+    grid = Grid.trailing(steps, len(setting.schedule))
+    return Phase(
+        name=f"fold-{steps}",
+        grid=grid,
+        prediction_type=prediction_type,
+        teacher=teacher,
+        loss=FoldLoss(
+            grid=grid,
+            finer=Grid.trailing(steps * substeps, len(setting.schedule)),
+            substeps=substeps,
+            inside=config.inside,
+            schedule=setting.schedule,
+            guide=teacher == "pair",
+        ),
+        teacher_evaluations=substeps * (2 if teacher == "pair" else 1),
+        share=share,
+    )
+
+
+@dataclass(frozen=True)
+class FoldLoss:
+    """``substeps`` teacher steps, at the entries of the ``finer`` grid, into one step of ``grid``."""
+
+    grid: Grid
+    finer: Grid
+    substeps: int
+    inside: float
+    schedule: NoiseSchedule
+    guide: bool
+
+    def __call__(self, *, student: Denoiser, teacher: Denoiser, batch: Batch, generator: torch.Generator) -> Tensor:
+        device = batch.x0.device
+        timestep = draw_timesteps(
+            self.grid.timesteps, len(batch.x0), inside=self.inside, generator=generator
+        ).to(device)
+        x = batch.start(timestep, schedule=self.schedule, generator=generator)
+        path = [self.schedule.sigma(t).float() for t in self.teacher_path(timestep)]
+        with torch.no_grad():
+            guide = guided_teacher(teacher, batch) if self.guide else teacher
+            landed = roll(guide, x, path, cond=batch.cond, w=batch.w)
+            target = chord_velocity(x, landed, path[0], path[-1])
+        found = student.velocity(x, path[0], cond=batch.cond, w=batch.w)
+        return truncated_snr_weight(path[0]) * velocity_error(found, target)
+
+    def teacher_path(self, timestep: Tensor) -> list[Tensor]:
+        """substeps + 1 timesteps, each (B,), from the start to the lower end of its cell.
+
+        From a grid entry these are the teacher's own entries. A start inside a cell waits (a step of length 0) in
+        place of the entries above it.
+        """
+        finer = torch.tensor([*self.finer.timesteps, CLEAN], device=timestep.device)
+        first = self.grid.cell(timestep) * self.substeps
+        return [timestep, *(torch.minimum(timestep, finer[first + k]) for k in range(1, self.substeps + 1))]

@@ -1,0 +1,1 @@
+"""Inference for any host: torch and safetensors only."""

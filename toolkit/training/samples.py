@@ -1,0 +1,285 @@
+"""What a student is trained on: clean latents with their texts, computed once and kept in safetensors shards.
+
+Either the teacher's own pictures (made with DPM-Solver++ 2M from prompts, the whole trajectory kept), or the pictures
+of a folder with same-named .txt captions. The folder of a cache is named by a hash of all that its content depends on,
+so that a later run with the same needs finds it; a shard is written whole or not at all, so making goes on where it
+was stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ..diffusion.denoiser import Cond, Denoiser, Guided
+from ..diffusion.errors import BadInput
+from ..diffusion.grid import Grid
+from ..diffusion.method import Batch
+from ..diffusion.schedule import NoiseSchedule
+from ..runtime.files import load_tensors, save_tensors
+from ..runtime.samplers import initial_latent, sample_dpmpp_2m
+from .prompts import read_text
+
+log = logging.getLogger("fewstep")
+
+TEACHER_STEPS = 16
+SHARD = 128
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """``shards``: x0 (n, C, h, w) and text (n,) row numbers into ``texts``; the teacher's own also have guidance (n,)
+    and states (n, K, C, h, w) at ``state_timesteps``. ``texts`` (M, T, D); its row 0 is the unconditional text.
+    """
+
+    shards: Sequence[dict[str, Tensor]]
+    texts: Tensor
+    state_timesteps: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(len(shard["text"]) for shard in self.shards)
+
+    def rows(self, indices: Tensor) -> dict[str, Tensor]:
+        """The named tensors of the samples ``indices`` (B,), stacked."""
+        starts = torch.tensor([0, *(len(shard["text"]) for shard in self.shards)]).cumsum(0)
+        places = torch.searchsorted(starts, indices, right=True) - 1
+        picked = [(self.shards[p], int(i - starts[p])) for p, i in zip(places.tolist(), indices.tolist(), strict=True)]
+        return {name: torch.stack([shard[name][row] for shard, row in picked]) for name in self.shards[0]}
+
+    @property
+    def uncond(self) -> Cond:
+        return {"text": self.texts[:1].float()}
+
+
+@dataclass(frozen=True)
+class GuidanceRange:
+    """The guidance_scale interval that stays adjustable."""
+
+    low: float
+    high: float
+
+    def draw(self, count: int, *, generator: torch.Generator) -> Tensor:
+        """(count,) guidance scales: half uniform (Meng et al.), half log-uniform.
+
+        Pictures change most at low guidance; uniform draws alone leave the low end of the dial flat.
+        """
+        u = torch.rand(count, generator=generator)
+        linear = self.low + (self.high - self.low) * u
+        logarithmic = self.low * (self.high / self.low) ** u
+        return torch.where(torch.rand(count, generator=generator) < 0.5, linear, logarithmic)
+
+
+def draw_batch(
+    samples: Samples,
+    indices: Tensor,
+    *,
+    guidance: GuidanceRange,
+    trajectory_share: float,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Batch:
+    """The batch of the samples ``indices``; a share of the teacher's own pictures keep their guidance and trajectory."""
+    rows = samples.rows(indices)
+    scale = guidance.draw(len(indices), generator=generator)
+    own = torch.rand(len(indices), generator=generator) < trajectory_share
+    states: Tensor | None = None
+    if "states" in rows:
+        scale = torch.where(own, rows["guidance"], scale)
+        states = rows["states"].to(device)
+    return Batch(
+        x0=rows["x0"].float().to(device),
+        cond={"text": samples.texts[rows["text"]].float().to(device)},
+        uncond={name: value.to(device) for name, value in samples.uncond.items()},
+        w=(scale - 1).to(device),
+        states=states,
+        state_timesteps=samples.state_timesteps,
+        on_trajectory=own.to(device),
+    )
+
+
+@dataclass(frozen=True)
+class TeacherSampleRequest:
+    """All that the teacher's own pictures depend on."""
+
+    teacher_sha256: str
+    prompts: tuple[str, ...]
+    negative: str
+    guidance: tuple[float, float]
+    shape: tuple[int, int, int]
+    count: int
+    seed: int
+    precision: str
+    steps: int = TEACHER_STEPS
+
+    def folder(self, cache: Path) -> Path:
+        return cache / f"teacher-{_key(asdict(self))}"
+
+    @property
+    def bytes(self) -> int:
+        channels, height, width = self.shape
+        return self.count * channels * height * width * (2 * self.steps + 2)
+
+
+def make_teacher_samples(
+    request: TeacherSampleRequest,
+    folder: Path,
+    *,
+    teacher: Denoiser,
+    encode: Callable[[Sequence[str]], Tensor],
+    schedule: NoiseSchedule,
+    device: torch.device,
+    batch: int,
+    progress: Callable[[Iterable[int]], Iterable[int]],
+) -> Samples:
+    """The teacher's own pictures; shards that are there already are kept. ``progress`` wraps the shard numbers."""
+    texts, text_rows = _texts(folder, request.prompts, request.negative, encode)
+    samplewise = torch.arange(request.count) % len(request.prompts)
+    count = -(-request.count // SHARD)
+    missing = [i for i in range(count) if not _shard_path(folder, i).exists()]
+    guided = Guided(teacher, {"text": texts[:1].float().to(device)})
+    sigmas = schedule.sigma(torch.tensor([*Grid.trailing(request.steps, len(schedule)).timesteps, -1]))
+    for number in progress(missing):
+        numbers = torch.arange(number * SHARD, min((number + 1) * SHARD, request.count))
+        parts = [
+            _sample_part(part, request, guided, texts[text_rows[samplewise[part]]].float(), sigmas, device)
+            for part in numbers.split(batch)
+        ]
+        shard = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        save_tensors({**shard, "text": text_rows[samplewise[numbers]]}, {}, _shard_path(folder, number))
+    return _open(folder, count, texts, Grid.trailing(request.steps, len(schedule)).timesteps)
+
+
+@torch.no_grad()
+def _sample_part(
+    numbers: Tensor, request: TeacherSampleRequest, guided: Guided, text: Tensor, sigmas: Tensor, device: torch.device
+) -> dict[str, Tensor]:
+    seeds = [request.seed * 1_000_003 + int(n) for n in numbers]
+    sigma_0 = float(sigmas[0])
+    x = torch.cat([initial_latent((1, *request.shape), seed=s, sigma=sigma_0) for s in seeds]).to(device)
+    draw = torch.Generator().manual_seed(seeds[0])
+    scale = GuidanceRange(*request.guidance).draw(len(numbers), generator=draw)
+    states: list[Tensor] = []
+    x0 = sample_dpmpp_2m(
+        guided,
+        x,
+        sigmas,
+        extra_args={"cond": {"text": text.to(device)}, "w": (scale - 1).to(device)},
+        callback=lambda state: states.append(state["x"].half().cpu()),
+    )
+    return {"x0": x0.half().cpu(), "guidance": scale, "states": torch.stack(states, dim=1)}
+
+
+@dataclass(frozen=True)
+class ImageFolderRequest:
+    """All that the latents of a folder of pictures depend on."""
+
+    vae_sha256: str
+    pictures: tuple[tuple[str, str, str], ...]
+    negative: str
+    width: int
+    height: int
+
+    def folder(self, cache: Path) -> Path:
+        return cache / f"images-{_key(asdict(self))}"
+
+
+def scan_image_folder(folder: Path) -> tuple[tuple[str, str, str], ...]:
+    """(file name, SHA-256, caption) of every picture in the folder; the caption is the same-named .txt's."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; --data needs a folder of pictures with same-named .txt captions")
+    found: list[tuple[str, str, str]] = []
+    uncaptioned: list[str] = []
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES):
+        caption = path.with_suffix(".txt")
+        if not caption.exists():
+            uncaptioned.append(path.name)
+            continue
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        found.append((path.name, digest, " ".join(read_text(caption).split())))
+    if uncaptioned:
+        log.warning("%d pictures without a .txt caption are left out, %s first", len(uncaptioned), uncaptioned[0])
+    if not found:
+        raise BadInput(f"{folder}: no picture with a same-named .txt caption found; put both in the folder")
+    return tuple(found)
+
+
+def make_image_samples(
+    request: ImageFolderRequest,
+    folder: Path,
+    *,
+    source: Path,
+    encode_images: Callable[[Tensor], Tensor],
+    encode: Callable[[Sequence[str]], Tensor],
+    progress: Callable[[Iterable[int]], Iterable[int]],
+) -> Samples:
+    """Latents of the folder's pictures, scaled to cover and cropped at the centre; damaged ones are named and skipped."""
+    texts, text_rows = _texts(folder, [caption for _, _, caption in request.pictures], request.negative, encode)
+    count = -(-len(request.pictures) // SHARD)
+    for number in progress([i for i in range(count) if not _shard_path(folder, i).exists()]):
+        latents: list[Tensor] = []
+        rows: list[int] = []
+        for i in range(number * SHARD, min((number + 1) * SHARD, len(request.pictures))):
+            try:
+                picture = load_picture(source / request.pictures[i][0], request.width, request.height)
+            except BadInput as error:
+                log.warning("%s; skipped", error)
+                continue
+            latents.append(encode_images(picture[None]).half())
+            rows.append(i)
+        if not latents:
+            raise BadInput(f"{source}: none of {SHARD} pictures in a row could be read; check the files")
+        tensors = {"x0": torch.cat(latents), "text": text_rows[torch.tensor(rows)]}
+        save_tensors(tensors, {}, _shard_path(folder, number))
+    samples = _open(folder, count, texts, ())
+    if skipped := len(request.pictures) - len(samples):
+        log.warning("%d damaged pictures were skipped, %d are used", skipped, len(samples))
+    return samples
+
+
+def load_picture(path: Path, width: int, height: int) -> Tensor:
+    """(3, height, width) in [0, 1], scaled to cover and cropped at the centre; BadInput if it cannot be read."""
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except (OSError, UnidentifiedImageError, SyntaxError):
+        raise BadInput(f"{path.name}: not a picture that can be read; give a PNG, JPEG or WebP file") from None
+    scale = max(width / image.width, height / image.height)
+    image = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.LANCZOS)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    image = image.crop((left, top, left + width, top + height))
+    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return values.reshape(height, width, 3).permute(2, 0, 1).float() / 255
+
+
+def _texts(
+    folder: Path, prompts: Sequence[str], negative: str, encode: Callable[[Sequence[str]], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """All different texts encoded once, (M, T, D) float16, the unconditional first; and the row of each prompt."""
+    different = [negative, *dict.fromkeys(prompts)]
+    row_of = {prompt: row for row, prompt in reversed(list(enumerate(different)))}
+    path = folder / "texts.safetensors"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors({"texts": encode(different).half()}, {}, path)
+    return load_tensors(path)["texts"], torch.tensor([row_of[prompt] for prompt in prompts])
+
+
+def _open(folder: Path, count: int, texts: Tensor, state_timesteps: tuple[int, ...]) -> Samples:
+    return Samples([load_tensors(_shard_path(folder, i)) for i in range(count)], texts, state_timesteps)
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.safetensors"
+
+
+def _key(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
