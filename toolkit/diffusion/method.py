@@ -67,7 +67,7 @@ class Phase:
 
     ``teacher`` says who is imitated: "pair" is the original teacher with classifier-free guidance, "previous" the
     student of the phase before. ``teacher_evaluations`` counts network evaluations of the teacher a sample and
-    update (the pair counts two an evaluation of the guided denoiser); ``share`` is this phase's part of all updates.
+    update (the pair counts two an evaluation of the guided denoiser).
     """
 
     name: str
@@ -76,7 +76,7 @@ class Phase:
     teacher: Literal["pair", "previous"]
     loss: Loss
     teacher_evaluations: int
-    share: float
+    lr_scale: float = 1.0
 
 
 @dataclass(frozen=True)

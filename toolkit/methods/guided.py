@@ -36,10 +36,10 @@ class Config:
 
 
 def phases(config: Config, setting: Setting) -> tuple[Phase, ...]:
-    return (phase(config, setting, share=1.0),)
+    return (phase(config, setting),)
 
 
-def phase(config: Config, setting: Setting, *, share: float) -> Phase:
+def phase(config: Config, setting: Setting) -> Phase:
     return Phase(
         name="guided",
         grid=Grid.trailing(setting.steps, len(setting.schedule)),
@@ -47,7 +47,7 @@ def phase(config: Config, setting: Setting, *, share: float) -> Phase:
         teacher="pair",
         loss=GuidedLoss(config, setting.schedule, setting.prediction_type),
         teacher_evaluations=2,
-        share=share,
+        lr_scale=1.5,
     )
 
 

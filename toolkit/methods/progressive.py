@@ -11,7 +11,7 @@ makes one fold straight from the guided pair, ``substeps`` teacher steps into on
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -29,7 +29,6 @@ from ..diffusion.method import (
     truncated_snr_weight,
     velocity_error,
 )
-from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import CLEAN, NoiseSchedule
 from ..diffusion.solvers import chord_velocity, roll
 from . import guided
@@ -51,38 +50,25 @@ class Config:
 
 
 def phases(config: Config, setting: Setting) -> tuple[Phase, ...]:
-    """Stage 1 and the halvings down to ``setting.steps``, or the one fold; the last folds take more updates."""
+    """Stage 1 and the halvings down to ``setting.steps``, or the one fold."""
     if config.finest < 1 or config.substeps < 1:
         raise BadInput(f"finest {config.finest} and substeps {config.substeps}: both must be at least 1")
     if config.origin == "pair":
-        return (_fold(config, setting, setting.steps, teacher="pair", share=1.0),)
+        return (_fold(config, setting, setting.steps, teacher="pair"),)
     counts = [setting.steps]
     while counts[-1] * 2 <= max(config.finest, setting.steps):
         counts.append(counts[-1] * 2)
-    stage1 = guided.phase(
-        guided.Config(), Setting(setting.schedule, setting.prediction_type, counts[-1]), share=0.4
-    )
-    folds = list(reversed(counts[:-1]))
-    weights = [2.0 if count <= 2 else 1.0 for count in folds]
-    return (
-        stage1,
-        *(
-            _fold(config, setting, count, teacher="previous", share=0.6 * weight / sum(weights))
-            for count, weight in zip(folds, weights, strict=True)
-        ),
-    )
+    stage1 = guided.phase(guided.Config(), replace(setting, steps=counts[-1]))
+    return (stage1, *(_fold(config, setting, count, teacher="previous") for count in reversed(counts[:-1])))
 
 
-def _fold(
-    config: Config, setting: Setting, steps: int, *, teacher: Literal["pair", "previous"], share: float
-) -> Phase:
-    prediction_type: PredictionType = "v_prediction" if steps <= config.velocity_at else setting.prediction_type
+def _fold(config: Config, setting: Setting, steps: int, *, teacher: Literal["pair", "previous"]) -> Phase:
     substeps = config.substeps if teacher == "pair" else 2
     grid = Grid.trailing(steps, len(setting.schedule))
     return Phase(
         name=f"fold-{steps}",
         grid=grid,
-        prediction_type=prediction_type,
+        prediction_type="v_prediction" if steps <= config.velocity_at else setting.prediction_type,
         teacher=teacher,
         loss=FoldLoss(
             grid=grid,
@@ -93,7 +79,6 @@ def _fold(
             guide=teacher == "pair",
         ),
         teacher_evaluations=substeps * (2 if teacher == "pair" else 1),
-        share=share,
     )
 
 

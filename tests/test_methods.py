@@ -1,0 +1,143 @@
+"""Every method found by the scan, on Gaussian data whose exact teacher is known."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from closed_form import SCHEDULE, GaussianTeacher, PerfectStudent, means
+
+from toolkit.diffusion.denoiser import Guided
+from toolkit.diffusion.errors import BadInput
+from toolkit.diffusion.grid import Grid
+from toolkit.diffusion.method import Batch, Setting, draw_timesteps, truncated_snr_weight
+from toolkit.methods import find_methods, options_of
+from toolkit.methods.progressive import Config, FoldLoss, phases
+
+METHODS = find_methods()
+SETTING = Setting(SCHEDULE, "epsilon", 4)
+
+
+def batch(size: int = 32, **changes: object) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    values = dict(
+        x0=torch.randn(size, 2, 3, 3, generator=generator),
+        cond=means(size),
+        uncond=means(1, 0.0),
+        w=torch.linspace(0, 7, size),
+    )
+    return Batch(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_one_file_with_help_config_and_phases(name):
+    method = METHODS[name]
+    assert method.__doc__ and method.__doc__.splitlines()[0].endswith(".")
+    assert method.Config.__dataclass_params__.frozen
+    assert all(option.help for option in options_of(method))
+    found = method.phases(method.Config(), SETTING)
+    assert found[-1].grid == Grid.trailing(4)
+    assert found[0].teacher == "pair" and len({phase.name for phase in found}) == len(found)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_losses_are_one_a_sample_differentiable_and_drawn_from_the_generator_alone(name):
+    class Student(GaussianTeacher):
+        def __call__(self, x, sigma, *, cond, w=None):
+            return scale * super().__call__(x, sigma, cond=cond)
+
+    scale = torch.tensor(0.9, requires_grad=True)
+    for phase in METHODS[name].phases(METHODS[name].Config(), SETTING):
+        losses = [
+            phase.loss(
+                student=Student(), teacher=GaussianTeacher(), batch=batch(), generator=torch.Generator().manual_seed(7)
+            )
+            for _ in range(2)
+        ]
+        assert losses[0].shape == (32,) and losses[0].dtype == torch.float32 and bool((losses[0] > 0).all())
+        assert torch.equal(*losses)
+        (gradient,) = torch.autograd.grad(losses[0].sum(), scale)
+        assert gradient != 0
+
+
+def test_a_perfect_guided_student_has_zero_loss():
+    (phase,) = METHODS["guided"].phases(METHODS["guided"].Config(), SETTING)
+    data, teacher = batch(), GaussianTeacher()
+    perfect = Guided(teacher, data.uncond)
+    loss = phase.loss(student=perfect, teacher=teacher, batch=data, generator=torch.Generator().manual_seed(1))
+    assert loss.max() < 1e-10
+    unguided = phase.loss(student=teacher, teacher=teacher, batch=data, generator=torch.Generator().manual_seed(1))
+    assert unguided[0] < 1e-10 and unguided[1:].min() > 1e-10
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6])
+def test_a_perfect_progressive_student_has_zero_loss_also_inside_the_cells(steps):
+    grid, finer = Grid.trailing(steps), Grid.trailing(2 * steps)
+    loss = FoldLoss(grid=grid, finer=finer, substeps=2, inside=0.5, schedule=SCHEDULE, guide=False)
+    teacher = GaussianTeacher()
+    values = loss(
+        student=PerfectStudent(teacher, grid, finer),
+        teacher=teacher,
+        batch=batch(256),
+        generator=torch.Generator().manual_seed(1),
+    )
+    assert values.max() < 1e-8
+    assert loss(
+        student=teacher, teacher=teacher, batch=batch(256), generator=torch.Generator().manual_seed(1)
+    ).mean() > 1e-4  # fmt: skip
+
+
+def test_the_teachers_path_is_its_own_grid_and_waits_at_starts_inside_a_cell():
+    loss = FoldLoss(
+        grid=Grid.trailing(2), finer=Grid.trailing(4), substeps=2, inside=0, schedule=SCHEDULE, guide=False
+    )
+    path = torch.stack(loss.teacher_path(torch.tensor([999, 800, 600, 499, 300, 100])), dim=1)
+    assert path.tolist() == [
+        [999, 749, 499],
+        [800, 749, 499],
+        [600, 600, 499],
+        [499, 249, -1],
+        [300, 249, -1],
+        [100, 100, -1],
+    ]
+
+
+def test_progressive_halves_from_the_finest_grid_and_converts_to_velocity_where_told():
+    found = phases(Config(finest=16, velocity_at=2), dataclasses.replace(SETTING, steps=1))
+    assert [phase.name for phase in found] == ["guided", "fold-8", "fold-4", "fold-2", "fold-1"]
+    assert [phase.prediction_type for phase in found] == ["epsilon"] * 3 + ["v_prediction"] * 2
+    assert [len(phase.grid) for phase in found] == [16, 8, 4, 2, 1]
+    (only,) = phases(Config(origin="pair", substeps=3), SETTING)
+    assert only.teacher == "pair" and only.teacher_evaluations == 6 and only.name == "fold-4"
+    with pytest.raises(BadInput, match="substeps 0"):
+        phases(Config(origin="pair", substeps=0), SETTING)
+
+
+def test_rows_on_the_trajectory_start_from_its_points_and_the_others_from_noised_data():
+    states = torch.full((4, 2, 2, 3, 3), 5.0)
+    data = batch(
+        4, states=states, state_timesteps=(999, 499), on_trajectory=torch.tensor([True, True, True, False])
+    )
+    x = data.start(torch.tensor([499, 999, 700, 499]), schedule=SCHEDULE, generator=torch.Generator())
+    assert bool((x[:2] == 5).all()) and not bool((x[2:] == 5).any())
+
+
+def test_half_of_the_noised_rows_at_the_top_are_pure_noise_of_unit_variance():
+    data = batch(4000, x0=torch.full((4000, 1, 1, 1), 40.0))
+    top = torch.full((4000,), 999)
+    z = data.start(top, schedule=SCHEDULE, generator=torch.Generator().manual_seed(0)) / (1 + 14.6146**2) ** 0.5
+    assert float(z.mean()) == pytest.approx(0.5 * 40 * 0.0683, abs=0.08)
+    assert float(z.var()) == pytest.approx(1 + (0.5 * 40 * 0.0683) ** 2, rel=0.06)
+
+
+def test_a_share_of_the_timesteps_lies_inside_the_cells():
+    drawn = draw_timesteps((999, 499), 4000, inside=0.25, generator=torch.Generator().manual_seed(0))
+    at_entries = ((drawn == 999) | (drawn == 499)).float().mean()
+    assert float(at_entries) == pytest.approx(0.75, abs=0.03)
+    assert drawn.min() >= 0 and drawn.max() <= 999
+
+
+def test_the_truncated_snr_weight_on_velocity_is_max_of_signal_and_noise():
+    weight = truncated_snr_weight(torch.tensor([1e-3, 1.0, 1e3]))
+    assert weight.tolist() == pytest.approx([1, 0.5, 1], abs=1e-5)

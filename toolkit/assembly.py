@@ -1,0 +1,348 @@
+"""How a run is put together: the teacher opened, settings settled, the cost planned, data made, the report written."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import __version__
+from .demo import TEACHER, TOKENIZER
+from .demo.drawings import prompts as demo_prompts
+from .demo.judge import load_judge
+from .diffusion.denoiser import NetworkDenoiser
+from .diffusion.errors import BadInput
+from .diffusion.method import Phase, Setting
+from .diffusion.spec import StudentSpec
+from .evaluation.painter import Painter, cached_texts
+from .evaluation.pictures import grid, save_png
+from .evaluation.report import write_report
+from .evaluation.showcase import showcase
+from .methods import find_methods, options_of
+from .opening import open_for_people
+from .runtime.files import atomic_path
+from .training.checkpoint import Checkpoint, save_student
+from .training.loop import DTYPES, Job, LoopSettings, train
+from .training.networks import denoiser, encode_images, encode_texts
+from .training.plan import Plan, make_plan, measure
+from .training.prompts import built_in_prompts, read_prompts
+from .training.samples import (
+    TEACHER_STEPS,
+    GuidanceRange,
+    ImageFolderRequest,
+    Samples,
+    TeacherSampleRequest,
+    make_image_samples,
+    make_teacher_samples,
+    scan_image_folder,
+)
+from .training.settings import SMALL_PARAMETERS, Settings, phase_updates, resolve
+
+log = logging.getLogger("fewstep")
+
+LOOK_PICTURES = 8
+"""Pictures a row of the sample grids."""
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """The opened teacher and the sizes that planning needs."""
+
+    demo: bool
+    checkpoint: Checkpoint
+    parameters: int
+    native: tuple[int, int]
+    cell: int
+    channels: int
+
+    @classmethod
+    def open(cls, values: Mapping[str, Any]) -> Teacher:
+        if values.get("demo"):
+            path, tokenizer = TEACHER, str(TOKENIZER)
+        elif values.get("ckpt"):
+            path, tokenizer = Path(values["ckpt"]), values.get("tokenizer")
+        else:
+            raise BadInput("no teacher named; give --ckpt model.safetensors, or --demo for the embedded one")
+        checkpoint = open_for_people(
+            path, tokenizer=tokenizer, text_encoder=values.get("text_encoder"), vae=values.get("vae")
+        )
+        if checkpoint.kind != "teacher":
+            raise BadInput(f"{path}: this is a {checkpoint.kind}; give the checkpoint that it was distilled from")
+        unet = checkpoint.unet(conditioned=True)
+        side = int(unet.config["sample_size"]) * checkpoint.downscale
+        levels = len(unet.config["block_out_channels"])
+        return cls(
+            demo=bool(values.get("demo")),
+            checkpoint=checkpoint,
+            parameters=sum(p.numel() for p in unet.parameters()),
+            native=(side, side),
+            cell=checkpoint.downscale * 2 ** (levels - 1),
+            channels=int(unet.config["out_channels"]),
+        )
+
+
+def settle(given: Mapping[str, Any], config: Mapping[str, Any], teacher: Teacher) -> tuple[Settings, dict[str, str]]:
+    """All settings with their reasons, checked."""
+    small = teacher.parameters < SMALL_PARAMETERS
+    demo = teacher.demo
+    resolved = resolve(given, config, parameters=teacher.parameters, demo=demo)
+    values, reasons = dict(resolved.values), dict(resolved.reasons)
+
+    def default(name: str, value: Any, reason: str) -> None:
+        if values.get(name) is None:
+            values[name], reasons[name] = value, reason
+
+    default("device", "cuda" if torch.cuda.is_available() else "cpu", "what this machine has")
+    on_gpu = not values["device"].startswith("cpu")
+    default("precision", "bf16" if on_gpu and not small else "fp32", "the device and the network's size")
+    default("resolution", "{}x{}".format(*teacher.native), "the teacher's own")
+    name = "demo" if demo else teacher.checkpoint.name
+    default("out", str(Path("runs") / f"{name}-{values['method']}-{values['steps']}"), "checkpoint, method and steps")
+    for optional in ("ckpt", "data", "prompts", "tokenizer", "text_encoder", "vae"):
+        values.setdefault(optional, None)
+    values.update(demo=demo, guidance=tuple(values["guidance"]))
+    options = {o.name: values.pop(o.name, o.default) for o in options_of(find_methods()[values["method"]])}
+    names = {f.name for f in dataclasses.fields(Settings)}
+    draft = {name: value for name, value in values.items() if name in names}
+    settings = Settings(**{"updates": (), **draft, "method_config": options})
+    _check(settings, teacher)
+    phases = phases_of(settings, teacher.checkpoint)
+    updates = phase_updates(values.get("updates"), [phase.name for phase in phases], small=small)
+    reasons.setdefault("updates", "the phases and the network's size")
+    return dataclasses.replace(settings, updates=updates), reasons
+
+
+def _check(settings: Settings, teacher: Teacher) -> None:
+    """BadInput for settings that cannot be run."""
+    low, high = settings.guidance
+    if not 1 <= low <= high < float("inf"):
+        raise BadInput(f"--guidance {low:g} {high:g}: expected 1 <= LO <= HI (1 is unguided), such as --guidance 1 15")
+    if not low <= settings.guidance_default <= high:
+        raise BadInput(
+            f"--guidance-default {settings.guidance_default:g} lies outside --guidance {low:g} {high:g}; choose one inside"
+        )
+    if not 1 <= settings.steps <= 128:
+        raise BadInput(f"--steps {settings.steps}: expected 1 to 128")
+    if any(side % teacher.cell for side in settings.size):
+        raise BadInput(f"--resolution {settings.resolution}: this teacher needs multiples of {teacher.cell}")
+    for name in ("pictures", "batch_size", "micro_batch"):
+        if getattr(settings, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected at least 1")
+    for name in ("lr", "clip"):
+        if not getattr(settings, name) > 0:
+            raise BadInput(f"--{name} {getattr(settings, name)}: expected a number above 0")
+    for name in ("ema", "trajectory_share"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 0 to 1")
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError):
+        raise BadInput(f"--device {settings.device}: this machine's torch cannot use it; try --device cpu") from None
+
+
+def phases_of(settings: Settings, checkpoint: Checkpoint) -> tuple[Phase, ...]:
+    method = find_methods()[settings.method]
+    setting = Setting(checkpoint.schedule, checkpoint.prediction_type, settings.steps)
+    return method.phases(method.Config(**settings.method_config), setting)
+
+
+def _loop_settings(settings: Settings) -> LoopSettings:
+    return LoopSettings(
+        updates=settings.updates,
+        batch_size=settings.batch_size,
+        micro_batch=min(settings.micro_batch, settings.batch_size),
+        lr=settings.lr,
+        warmup=settings.warmup,
+        clip=settings.clip,
+        ema=settings.ema,
+        seed=settings.seed,
+        precision=settings.precision,
+        guidance=GuidanceRange(*settings.guidance),
+        trajectory_share=settings.trajectory_share,
+    )
+
+
+def _latent_shape(settings: Settings, teacher: Teacher) -> tuple[int, int, int]:
+    width, height = settings.size
+    return teacher.channels, height // teacher.checkpoint.downscale, width // teacher.checkpoint.downscale
+
+
+def _request(settings: Settings, teacher: Teacher) -> TeacherSampleRequest | ImageFolderRequest:
+    """What data this run needs, by content."""
+    checkpoint = teacher.checkpoint
+    if settings.data:
+        width, height = settings.size
+        pictures = scan_image_folder(Path(settings.data))
+        return ImageFolderRequest(checkpoint.sha256, pictures, settings.negative, width, height)
+    if settings.prompts:
+        prompts = read_prompts(Path(settings.prompts))
+    else:
+        prompts = (demo_prompts if settings.demo else built_in_prompts)(settings.pictures, seed=settings.seed)
+    return TeacherSampleRequest(
+        teacher_sha256=checkpoint.sha256,
+        prompts=tuple(prompts),
+        negative=settings.negative,
+        guidance=settings.guidance,
+        shape=_latent_shape(settings, teacher),
+        count=settings.pictures,
+        seed=settings.seed,
+        precision=settings.precision,
+    )
+
+
+def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> Plan:
+    """Measure the network briefly and add up what the run will cost."""
+    request = _request(settings, teacher)
+    unet = teacher.checkpoint.unet(conditioned=True)
+    text_config = teacher.checkpoint.text_encoder().config
+    costs = measure(
+        unet,
+        latent=_latent_shape(settings, teacher),
+        text=(text_config.max_position_embeddings, text_config.hidden_size),
+        batch=min(settings.micro_batch, settings.batch_size),
+        device=torch.device(settings.device),
+        precision=settings.precision,
+    )
+    own = isinstance(request, TeacherSampleRequest)
+    folder = request.folder(Path(settings.cache_dir))
+    return make_plan(
+        phases,
+        _loop_settings(settings),
+        costs,
+        sample_evaluations=2 * TEACHER_STEPS * request.count if own and not folder.exists() else 0,
+        sample_bytes=request.bytes,
+        student_bytes=teacher.parameters * DTYPES[settings.dtype].itemsize + teacher.checkpoint.carried_bytes,
+        files=[
+            "student.safetensors",
+            *(f"students/{len(phase.grid)}.safetensors" for phase in phases),
+            "report.html",
+            "samples/*.png",
+            "run.jsonl",
+            "config.toml",
+            "state/",
+        ],
+    )
+
+
+def _make_samples(settings: Settings, teacher: Teacher) -> Samples:
+    """The run's data, from the cache where it is there already; the encoders are let go of afterwards."""
+    checkpoint, device = teacher.checkpoint, torch.device(settings.device)
+    request = _request(settings, teacher)
+    folder = request.folder(Path(settings.cache_dir))
+    text_encoder = checkpoint.text_encoder().to(device).eval()
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        return encode_texts(texts, tokenizer=checkpoint.tokenizer(), text_encoder=text_encoder)
+
+    def progress(shards: Iterable[int]) -> Iterable[int]:
+        return tqdm(shards, desc="pictures", unit="shard", dynamic_ncols=True)
+
+    if isinstance(request, ImageFolderRequest):
+        vae = checkpoint.vae().to(device).eval()
+        return make_image_samples(
+            request,
+            folder,
+            source=Path(settings.data or ""),
+            encode_images=lambda images: encode_images(images, vae),
+            encode=encode,
+            progress=progress,
+        )
+    unet = checkpoint.unet(dtype=DTYPES[settings.precision]).to(device).eval().requires_grad_(False)
+    return make_teacher_samples(
+        request,
+        folder,
+        teacher=denoiser(unet, schedule=checkpoint.schedule, prediction_type=checkpoint.prediction_type),
+        encode=encode,
+        schedule=checkpoint.schedule,
+        device=device,
+        batch=settings.micro_batch,
+        progress=progress,
+    )
+
+
+def _spec(settings: Settings, checkpoint: Checkpoint, phase: Phase) -> StudentSpec:
+    low, high = settings.guidance
+    return StudentSpec(
+        family=checkpoint.family,
+        prediction_type=phase.prediction_type,
+        method=settings.method,
+        timesteps=phase.grid.timesteps,
+        teacher_sha256=checkpoint.sha256,
+        teacher_name=checkpoint.name,
+        guidance_min=low,
+        guidance_max=high,
+        guidance_default=settings.guidance_default,
+        negative=settings.negative,
+        toolkit=__version__,
+    )
+
+
+def run_all(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> dict[str, Any]:
+    """Data, training, students, report; each goes on where it was left."""
+    out, checkpoint = Path(settings.out), teacher.checkpoint
+    samples = _make_samples(settings, teacher)
+
+    def finished(phase: Phase, state: dict[str, Tensor]) -> None:
+        spec = _spec(settings, checkpoint, phase)
+        path = out / "students" / f"{len(phase.grid)}.safetensors"
+        save_student(path, unet_state=state, spec=spec, source=checkpoint, dtype=DTYPES[settings.dtype])
+        if phase is phases[-1]:
+            with atomic_path(out / "student.safetensors") as temporary:
+                shutil.copyfile(path, temporary)
+
+    job = Job(
+        phases=phases,
+        teacher_prediction=checkpoint.prediction_type,
+        schedule=checkpoint.schedule,
+        samples=samples,
+        new_unet=lambda: checkpoint.unet(conditioned=True),
+        finished=finished,
+        look=_looker(settings, teacher),
+        out=out,
+    )
+    train(job, _loop_settings(settings), device=torch.device(settings.device))
+    verdict = _report(settings, phases, teacher)
+    log.info("student: %s\nreport: %s\n%s", out / "student.safetensors", out / "report.html", verdict or "")
+    return {"out": str(out), "student": str(out / "student.safetensors"), "verdict": verdict}
+
+
+def _looker(settings: Settings, teacher: Teacher) -> Callable[[str, NetworkDenoiser, Phase], None]:
+    """Writes a grid of the student's pictures, the same prompts and seeds each time, at two guidances."""
+    checkpoint = teacher.checkpoint
+    prompts = _prompts(settings, LOOK_PICTURES, seed=settings.seed + 1)
+    text_encoder = checkpoint.text_encoder().eval()
+    texts = encode_texts(prompts, tokenizer=checkpoint.tokenizer(), text_encoder=text_encoder)
+    del text_encoder
+    scales = sorted({settings.guidance_default, max(settings.guidance[0], min(2.0, settings.guidance[1]))})
+
+    def look(name: str, student: NetworkDenoiser, phase: Phase) -> None:
+        painter = Painter(
+            denoiser=student,
+            vae=checkpoint.vae().to(settings.device).eval(),
+            texts=cached_texts(prompts, texts),
+            schedule=checkpoint.schedule,
+            size=(settings.size[1], settings.size[0]),
+            spec=_spec(settings, checkpoint, phase),
+            device=settings.device,
+        )
+        rows = [
+            list(painter.paint(prompts, seeds=range(len(prompts)), guidance=scale)) for scale in scales
+        ]
+        labels = [f"{len(phase.grid)} steps, guidance {scale:g}" for scale in scales]
+        save_png(grid(rows, rows=labels, columns=prompts), Path(settings.out) / "samples" / f"{name}.png")
+
+    return look
+
+
+def _prompts(settings: Settings, count: int, *, seed: int) -> list[str]:
+    if settings.prompts:
+        return read_prompts(Path(settings.prompts))[:count]
+    return (demo_prompts if settings.demo else built_in_prompts)(count, seed=seed)

@@ -1,0 +1,176 @@
+"""Distil a Stable Diffusion checkpoint into a student of a few steps whose guidance stays adjustable.
+
+examples:
+  python -m toolkit.distill --demo
+  python -m toolkit.distill --ckpt model.safetensors --dry-run
+  python -m toolkit.distill --ckpt model.safetensors --steps 4 --guidance 1 12
+  python -m toolkit.distill --ckpt model.safetensors --resume
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import signal
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args, get_origin
+
+from .assembly import Teacher, phases_of, plan_run, run_all, settle
+from .command import print_json, run
+from .diffusion.errors import BadInput
+from .methods import find_methods, options_of
+from .runtime.files import atomic_path
+from .training.loop import DTYPES
+from .training.plan import Plan, require_disk
+from .training.settings import Settings, read_config, to_toml
+
+log = logging.getLogger("fewstep")
+
+NOT_SETTINGS = ("resume", "dry_run", "json", "config")
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, _terminate)
+    options = _parse()
+    config = _stored(options) if options.resume else _config_file(options)
+    given = {name: v for name, v in vars(options).items() if v is not None and name not in NOT_SETTINGS}
+    teacher = Teacher.open({**config, **given})
+    settings, reasons = settle(given, config, teacher)
+    phases = phases_of(settings, teacher.checkpoint)
+    out = Path(settings.out)
+    if options.resume and not options.dry_run:
+        log.info("going on with %s", out)
+    else:
+        if not options.dry_run and (out / "config.toml").exists():
+            raise BadInput(f"{out} holds a run already; go on with it by --resume, or choose another --out")
+        plan = plan_run(settings, phases, teacher)
+        _print_plan(plan, settings, reasons)
+        require_disk(plan, out=out, cache=Path(settings.cache_dir))
+        if options.dry_run:
+            if options.json:
+                print_json({"plan": plan.to_json(), "settings": dataclasses.asdict(settings), "reasons": reasons})
+            return
+        with atomic_path(out / "config.toml") as temporary:
+            temporary.write_text(to_toml(settings), encoding="utf-8")
+    answer = run_all(settings, phases, teacher)
+    if options.json:
+        print_json(answer)
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _parse() -> argparse.Namespace:
+    """The command line; the options of the chosen method's Config join the fixed ones."""
+    methods = find_methods()
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--method", default="progressive")
+    method = first.parse_known_args()[0].method
+    if method not in methods:
+        raise BadInput(f"--method {method}: no such method; there are {', '.join(methods)}")
+    parser = argparse.ArgumentParser(
+        prog="python -m toolkit.distill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ckpt", metavar="PATH", help="teacher: a checkpoint file (.safetensors, .ckpt) or a diffusers folder")
+    add("--demo", action="store_true", default=None, help="the embedded teacher, with settings for minutes on 2 cores")
+    add("--out", metavar="DIR", help="everything the run writes (default: runs/<checkpoint>-<method>-<steps>)")
+    add("--method", help=f"{', '.join(methods)} (default: progressive)")
+    add("--steps", type=int, metavar="N", help="evaluations of the finished student (default: 4)")
+    add("--guidance", type=float, nargs=2, metavar=("LO", "HI"), help="range that stays adjustable (default: 1 15)")
+    add("--guidance-default", type=float, metavar="G", help="what hosts start with (default: 7.5)")
+    add("--negative", metavar="TEXT", help="negative prompt distilled into the student (default: none)")
+    add("--data", metavar="DIR", help="pictures with same-named .txt captions (default: the teacher's own pictures)")
+    add("--prompts", metavar="FILE", help="one prompt a line, for the teacher's own pictures (default: built in)")
+    add("--pictures", type=int, metavar="N", help="how many pictures the teacher makes")
+    add("--resolution", metavar="N|WxH", help="pixels (default: the teacher's)")
+    add("--batch-size", type=int, metavar="N", help="pictures an update")
+    add("--micro-batch", type=int, metavar="N", help="pictures at once in memory")
+    add("--updates", type=int, nargs="+", metavar="N", help="updates: one number for all phases, or one a phase")
+    add("--lr", type=float, help="learning rate")
+    add("--warmup", type=int, metavar="N", help="updates to reach it in each phase (default: 100)")
+    add("--clip", type=float, help="gradient norm at most (default: 1)")
+    add("--ema", type=float, help="memory of the averaged weights that are written")
+    add("--trajectory-share", type=float, metavar="F", help="share that starts from the teacher's own trajectories")
+    add("--seed", type=int)
+    add("--precision", choices=list(DTYPES), help="compute in (default: bf16 on a GPU for large networks, else fp32)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add("--dtype", choices=list(DTYPES), help="weights of the student's file")
+    add("--cache-dir", metavar="DIR", help="where latents, texts and trajectories are kept (default: runs/cache)")
+    add("--tokenizer", metavar="PATH", help='folder or file of the CLIP vocabulary, or "hub" to download it')
+    add("--text-encoder", metavar="FILE", help="for a UNet-only file")
+    add("--vae", metavar="FILE", help="for a UNet-only file, or instead of the checkpoint's own")
+    add("--config", metavar="FILE.toml", help="any of these; flags win")
+    add("--dry-run", action="store_true", help="print the plan and stop")
+    add("--resume", action="store_true", help="go on exactly where the run in --out stands")
+    add("--json", action="store_true", help="machine-readable answer on stdout")
+    group = parser.add_argument_group(f"method {method}", (methods[method].__doc__ or "").splitlines()[0])
+    for option in options_of(methods[method]):
+        choices = list(get_args(option.kind)) if get_origin(option.kind) is Literal else None
+        group.add_argument(
+            "--" + option.name.replace("_", "-"),
+            type=str if choices else option.kind,
+            choices=choices,
+            help=f"{option.help} (default: {option.default})",
+        )
+    return parser.parse_args()
+
+
+def _config_file(options: argparse.Namespace) -> dict[str, Any]:
+    if options.config is None:
+        return {}
+    return read_config(Path(options.config), _known(find_methods()[options.method or "progressive"]))
+
+
+def _known(method: ModuleType) -> set[str]:
+    """Every key that a config file may hold."""
+    names = {field.name for field in dataclasses.fields(Settings)} - {"method_config"}
+    return names | {option.name for option in options_of(method)}
+
+
+def _stored(options: argparse.Namespace) -> dict[str, Any]:
+    """The resolved settings of the run that --resume means; other flags must agree with it."""
+    out = Path(options.out) if options.out else _default_out(options)
+    path = out / "config.toml"
+    if not path.exists():
+        raise BadInput(f"{out} holds no run to go on with (no config.toml in it); name the run's folder by --out")
+    values = read_config(path, set().union(*(_known(method) for method in find_methods().values())))
+    for name, value in vars(options).items():
+        if value is None or name in NOT_SETTINGS or name == "out":
+            continue
+        if name in values and _plain(values[name]) != _plain(value):
+            raise BadInput(
+                f"--{name.replace('_', '-')} {value} was asked for, but the run in {out} has {values[name]}; "
+                "leave it out to go on, or start a new run in another --out"
+            )
+    return {**values, "out": str(out)}
+
+
+def _plain(value: Any) -> Any:
+    """The value as a file holds it: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def _default_out(options: argparse.Namespace) -> Path:
+    name = "demo" if options.demo else Path(options.ckpt).stem if options.ckpt else None
+    if name is None:
+        raise BadInput("--resume needs --out, or the --ckpt or --demo that the run was started with")
+    steps = options.steps or (2 if options.demo else 4)
+    return Path("runs") / f"{name}-{options.method or 'progressive'}-{steps}"
+
+
+def _print_plan(plan: Plan, settings: Settings, reasons: dict[str, str]) -> None:
+    log.info("%s", plan.text())
+    for name, value in {**dataclasses.asdict(settings), **settings.method_config}.items():
+        if name != "method_config" and value is not None:
+            log.info("  %-18s %-24s %s", name, _plain(value), reasons.get(name, "the method"))
+
+
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,364 @@
+"""The training loop: phases of a method, each ending in a student file; killed at any moment, it goes on exactly.
+
+All random numbers of an update come from a generator seeded by (seed, phase, update), and the order of the data from
+(seed, phase, epoch). So the state to keep is small: weights, their average, the optimiser and where the run stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Iterator
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from tqdm import tqdm
+
+from ..diffusion.denoiser import NetworkDenoiser
+from ..diffusion.errors import BadInput
+from ..diffusion.guidance import smooth_features
+from ..diffusion.method import Phase
+from ..diffusion.prediction import PredictionType
+from ..diffusion.schedule import NoiseSchedule
+from ..runtime.files import atomic_path
+from .networks import denoiser
+from .samples import GuidanceRange, Samples, draw_batch
+
+log = logging.getLogger("fewstep")
+
+CHECKPOINT_GRADIENTS_ABOVE = 200_000_000
+"""Networks of more parameters recompute activations in the backward pass."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """The resolved numbers of a run; ``updates`` one a phase, ``state_minutes`` and ``sample_minutes`` wall-clock."""
+
+    updates: tuple[int, ...]
+    batch_size: int
+    micro_batch: int
+    lr: float
+    warmup: int
+    clip: float
+    ema: float
+    seed: int
+    precision: str
+    guidance: GuidanceRange
+    trajectory_share: float
+    state_minutes: float = 5.0
+    sample_minutes: float = 5.0
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What the loop works on, and whom it tells.
+
+    ``new_unet()`` gives the teacher's network with a zero-initialised guidance input, in float32. ``finished`` writes
+    a phase's student from its averaged weights; ``look`` is shown the current student for sample pictures.
+    """
+
+    phases: Sequence[Phase]
+    teacher_prediction: PredictionType
+    schedule: NoiseSchedule
+    samples: Samples
+    new_unet: Callable[[], UNet2DConditionModel]
+    finished: Callable[[Phase, dict[str, Tensor]], None]
+    look: Callable[[str, NetworkDenoiser, Phase], None]
+    out: Path
+
+
+@dataclass
+class Progress:
+    """Where a run stands: phase index and the updates done in it."""
+
+    phase: int = 0
+    update: int = 0
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop; its state is on the disk."""
+
+
+def train(job: Job, settings: LoopSettings, *, device: torch.device) -> None:
+    """Run the phases from where ``out/state`` stands to the end.
+
+    Raises BadInput when the loss is not finite, and Interrupted after Ctrl+C or SIGTERM, the state saved.
+    """
+    accelerator = Accelerator(
+        mixed_precision=settings.precision if settings.precision != "fp32" else "no",
+        cpu=device.type == "cpu",
+    )
+    state = job.out / "state"
+    saved = load_state(state / "latest.pt")
+    progress = Progress(saved["phase"], saved["update"]) if saved else Progress()
+    cut_back(job.out / "run.jsonl", progress)
+    done = sum(settings.updates[: progress.phase]) + progress.update
+    with tqdm(total=sum(settings.updates), initial=done, unit="update", dynamic_ncols=True) as bar, stop_requests() as stop:
+        if saved is None:
+            _look_at_start(job, device)
+        for index in range(progress.phase, len(job.phases)):
+            trainer = PhaseTrainer(job, settings, index, accelerator, device)
+            if saved is not None and "student" in saved:
+                trainer.restore(saved)
+            saved = None
+            bar.set_description(job.phases[index].name)
+            trainer.run(bar, stop)
+            save_state(state / f"phase-{index}.pt", trainer.average)
+            job.finished(job.phases[index], trainer.average)
+            trainer.look(job.phases[index].name)
+            save_state(state / "latest.pt", {"phase": index + 1, "update": 0})
+            (state / f"phase-{index - 1}.pt").unlink(missing_ok=True)
+            del trainer
+
+
+def _look_at_start(job: Job, device: torch.device) -> None:
+    unet = job.new_unet().to(device).eval()
+    student = denoiser(unet, schedule=job.schedule, prediction_type=job.teacher_prediction)
+    job.look("start", student, job.phases[0])
+
+
+class PhaseTrainer:
+    """One phase: student, its average, optimiser and frozen teacher. Holds three sets of weights at most."""
+
+    def __init__(
+        self,
+        job: Job,
+        settings: LoopSettings,
+        index: int,
+        accelerator: Accelerator,
+        device: torch.device,
+    ) -> None:
+        self.job, self.settings, self.index = job, settings, index
+        self.phase, self.accelerator, self.device = job.phases[index], accelerator, device
+        self.update = 0
+        self.state_path = job.out / "state" / "latest.pt"
+        previous = load_state(job.out / "state" / f"phase-{index - 1}.pt")
+        self.teacher = self._frozen_teacher(previous)
+        self.unet = job.new_unet()
+        if previous is not None:
+            self.unet.load_state_dict(previous)
+        self.unet = self.unet.to(device).train()
+        if sum(p.numel() for p in self.unet.parameters()) > CHECKPOINT_GRADIENTS_ABOVE:
+            self.unet.enable_gradient_checkpointing()
+        mask = smooth_features().to(device)
+        self.unet.time_embedding.cond_proj.weight.register_hook(lambda grad: grad * mask)
+        self.average = {name: value.detach().clone() for name, value in self.unet.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(
+            self.unet.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0
+        )
+        self.student = denoiser(
+            self.unet, schedule=job.schedule, prediction_type=self.phase.prediction_type
+        )
+
+    def _frozen_teacher(self, previous: dict[str, Tensor] | None) -> NetworkDenoiser:
+        """The original teacher, or the previous student read in the previous phase's prediction type."""
+        teacher = self.job.new_unet()
+        prediction = self.job.teacher_prediction
+        if self.phase.teacher == "previous" and previous is not None:
+            teacher.load_state_dict(previous)
+            prediction = self.job.phases[self.index - 1].prediction_type
+        teacher = teacher.to(self.device, DTYPES[self.settings.precision]).eval().requires_grad_(False)
+        return denoiser(teacher, schedule=self.job.schedule, prediction_type=prediction)
+
+    def run(self, bar: tqdm[Any], stop: StopFlag) -> None:
+        """Updates to the end of the phase, saving the state and looking at samples by the clock."""
+        last_state = last_look = time.monotonic()
+        while self.update < self.settings.updates[self.index]:
+            started = time.monotonic()
+            loss, lr = self.step()
+            bar.update(1)
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            if self.update % 10 == 0 or self.update == self.settings.updates[self.index]:
+                self.write_line(bar, loss, lr, time.monotonic() - started)
+            now = time.monotonic()
+            if stop.requested or now - last_state > 60 * self.settings.state_minutes:
+                save_state(self.state_path, self.state())
+                last_state = time.monotonic()
+            if stop.requested:
+                raise Interrupted
+            if now - last_look > 60 * self.settings.sample_minutes:
+                self.look(f"{self.phase.name}-{self.update:06d}")
+                last_look = time.monotonic()
+
+    def step(self) -> tuple[float, float]:
+        """One update of the whole batch in micro-batches; returns the mean loss and the learning rate."""
+        settings = self.settings
+        generator = torch.Generator().manual_seed(derived_seed(settings.seed, self.index, self.update))
+        indices = data_order(
+            len(self.job.samples), settings.batch_size, self.update, seed=derived_seed(settings.seed, self.index, -1)
+        )
+        lr = settings.lr * self.phase.lr_scale * lr_factor(self.update, settings.updates[self.index], settings.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        total = 0.0
+        for part in indices.split(settings.micro_batch):
+            batch = draw_batch(
+                self.job.samples,
+                part,
+                guidance=settings.guidance,
+                trajectory_share=settings.trajectory_share,
+                generator=generator,
+                device=self.device,
+            )
+            with self.accelerator.autocast():
+                losses = self.phase.loss(
+                    student=self.student, teacher=self.teacher, batch=batch, generator=generator
+                )
+            loss = losses.sum() / settings.batch_size
+            self.accelerator.backward(loss)
+            total += float(loss.detach())
+        self._require_finite(total)
+        self.accelerator.clip_grad_norm_(self.unet.parameters(), settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.update += 1
+        self._average_weights()
+        return total, lr
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise BadInput(
+                f"the loss became {loss} at update {self.update} of phase {self.phase.name}; the last good state is "
+                f"kept in {self.job.out / 'state'}; start anew with a lower --lr (it was {self.settings.lr:g})"
+            )
+
+    @torch.no_grad()
+    def _average_weights(self) -> None:
+        """Exponential average whose memory grows from the start to ``ema``."""
+        decay = min(self.settings.ema, (1 + self.update) / (10 + self.update))
+        for name, value in self.unet.state_dict().items():
+            self.average[name].lerp_(value, 1 - decay)
+
+    @torch.no_grad()
+    def look(self, name: str) -> None:
+        """Show the averaged student: its weights change places with the trained ones, so no copy is held."""
+        self._swap()
+        self.unet.eval()
+        self.job.look(name, self.student, self.phase)
+        self.unet.train()
+        self._swap()
+
+    def _swap(self) -> None:
+        for name, parameter in self.unet.named_parameters():
+            parameter.data, self.average[name] = self.average[name], parameter.data
+
+    def write_line(self, bar: tqdm[Any], loss: float, lr: float, seconds: float) -> None:
+        rate = bar.format_dict["rate"] or 1 / max(seconds, 1e-9)
+        line = {
+            "time": round(time.time(), 3),
+            "phase": self.phase.name,
+            "phase_index": self.index,
+            "update": self.update,
+            "loss": loss,
+            "lr": lr,
+            "images_per_second": round(self.settings.batch_size * rate, 3),
+            "eta_seconds": round((bar.total - bar.n) / rate, 1),
+        }
+        with (self.job.out / "run.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "phase": self.index,
+            "update": self.update,
+            "student": self.unet.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take up a state of this phase."""
+        self.update = saved["update"]
+        self.unet.load_state_dict(saved["student"])
+        self.average = {name: value.to(self.device) for name, value in saved["average"].items()}
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+
+
+def derived_seed(*numbers: int) -> int:
+    """A 63-bit seed that depends on all the numbers."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1
+
+
+def data_order(samples: int, batch: int, update: int, *, seed: int) -> Tensor:
+    """(batch,) sample numbers of an update: every epoch is a permutation of its own, taken one after the other."""
+    positions = torch.arange(update * batch, (update + 1) * batch)
+    epochs = positions // samples
+    orders = {
+        int(epoch): torch.randperm(samples, generator=torch.Generator().manual_seed(derived_seed(seed, int(epoch))))
+        for epoch in epochs.unique()
+    }
+    return torch.stack([orders[int(e)][int(p % samples)] for e, p in zip(epochs, positions, strict=True)])
+
+
+def lr_factor(update: int, updates: int, warmup: int) -> float:
+    """Linear warm-up, then linear to zero at the end of the phase (Salimans & Ho 2022)."""
+    warmup = min(warmup, updates // 10)
+    if update < warmup:
+        return (update + 1) / (warmup + 1)
+    return (updates - update) / max(1, updates - warmup)
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_state(path: Path) -> dict[str, Any] | None:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True) if path.exists() else None
+
+
+def cut_back(path: Path, progress: Progress) -> None:
+    """Drop the lines of run.jsonl that lie after the state, so that a resumed run does not tell them twice."""
+    if not path.exists():
+        return
+    kept: list[str] = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            break
+        if (line["phase_index"], line["update"]) <= (progress.phase, progress.update):
+            kept.append(text + "\n")
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+
+
+@dataclass
+class StopFlag:
+    requested: bool = False
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopFlag]:
+    """Ctrl+C and SIGTERM ask for a stop at the next update; a second Ctrl+C stops at once."""
+    flag = StopFlag()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if flag.requested:
+            raise KeyboardInterrupt
+        flag.requested = True
+        log.info("stopping after this update; the state is being saved (again: stop at once)")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,204 @@
+"""What a run will cost, before it starts: updates, network evaluations, memory, disk and time.
+
+Times come from a few real forwards and one training step on the teacher's own network and shapes; memory from the
+sizes of the weights and the tensors that the backward pass keeps.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from ..diffusion.errors import BadInput
+from ..diffusion.method import Phase
+from .loop import CHECKPOINT_GRADIENTS_ABOVE, DTYPES, LoopSettings
+from .networks import unet_network
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured: seconds a picture of one evaluation and of one training step, and bytes kept for the backward pass."""
+
+    parameters: int
+    evaluation_seconds: float
+    training_seconds: float
+    activation_bytes: int
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    name: str
+    updates: int
+    evaluations: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``disk``: bytes of each item at its largest; ``evaluations`` count pictures through the network."""
+
+    phases: tuple[PhasePlan, ...]
+    sample_evaluations: int
+    sample_seconds: float
+    memory_bytes: int
+    disk: dict[str, int]
+    files: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        return self.sample_seconds + sum(phase.seconds for phase in self.phases)
+
+    @property
+    def evaluations(self) -> int:
+        return self.sample_evaluations + sum(phase.evaluations for phase in self.phases)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "seconds": self.seconds, "evaluations": self.evaluations}
+
+    def text(self) -> str:
+        """The plan for people, a few lines."""
+        rows = [("teacher's pictures", "", self.sample_evaluations, self.sample_seconds)] if self.sample_evaluations else []
+        rows += [(p.name, str(p.updates), p.evaluations, p.seconds) for p in self.phases]
+        rows.append(("all", "", self.evaluations, self.seconds))
+        lines = [f"{'phase':<20}{'updates':>9}{'evaluations':>14}{'about':>12}"]
+        lines += [f"{name:<20}{updates:>9}{count:>14,}{duration(seconds):>12}" for name, updates, count, seconds in rows]
+        disk = ", ".join(f"{name} {size(count)}" for name, count in self.disk.items())
+        return "\n".join(
+            [*lines, f"memory: about {size(self.memory_bytes)}", f"disk: {disk}", "files: " + ", ".join(self.files)]
+        )
+
+
+def measure(
+    unet: UNet2DConditionModel,
+    *,
+    latent: tuple[int, int, int],
+    text: tuple[int, int],
+    batch: int,
+    device: torch.device,
+    precision: str,
+) -> Costs:
+    """Time the network at its real shapes, in the precision of the run; its weights are left as they were."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = (
+        torch.randn((batch, *latent), generator=generator).to(device),
+        torch.full((batch,), 500, device=device),
+        {"text": torch.randn((batch, *text), generator=generator).to(device)},
+        torch.zeros(batch, device=device),
+    )
+    network = unet_network(unet.to(device))
+    checkpointed = sum(p.numel() for p in unet.parameters()) > CHECKPOINT_GRADIENTS_ABOVE
+    if checkpointed:
+        unet.train().enable_gradient_checkpointing()
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            network(*inputs)
+
+    def step() -> None:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = network(*inputs).float().square().mean()
+        loss.backward()
+        unet.zero_grad(set_to_none=True)
+
+    with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
+        evaluation, training = _seconds(evaluate, device), _seconds(step, device)
+    weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+    return Costs(
+        parameters=sum(p.numel() for p in unet.parameters()),
+        evaluation_seconds=evaluation / batch,
+        training_seconds=training / batch,
+        activation_bytes=sum(count for pointer, count in kept.items() if pointer not in weights),
+    )
+
+
+def _seconds(work: Any, device: torch.device, repeats: int = 3) -> float:
+    """The fastest of a few runs after one to warm up; a slow network is timed once."""
+    times: list[float] = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+        if times[0] > 10:
+            break
+    return min(times[1:] or times)
+
+
+def make_plan(
+    phases: Sequence[Phase],
+    settings: LoopSettings,
+    costs: Costs,
+    *,
+    sample_evaluations: int,
+    sample_bytes: int,
+    student_bytes: int,
+    files: Sequence[str],
+) -> Plan:
+    """``sample_evaluations``: what is still to do for the data; ``student_bytes``: one student's file."""
+    rows = [
+        PhasePlan(
+            name=phase.name,
+            updates=updates,
+            evaluations=updates * settings.batch_size * (phase.teacher_evaluations + 1),
+            seconds=updates
+            * settings.batch_size
+            * (phase.teacher_evaluations * costs.evaluation_seconds + costs.training_seconds),
+        )
+        for phase, updates in zip(phases, settings.updates, strict=True)
+    ]
+    teacher_bytes = 4 if settings.precision == "fp32" else 2
+    return Plan(
+        phases=tuple(rows),
+        sample_evaluations=sample_evaluations,
+        sample_seconds=sample_evaluations * costs.evaluation_seconds,
+        memory_bytes=costs.parameters * (4 + 4 + 8 + 4 + teacher_bytes) + costs.activation_bytes,
+        disk={
+            "samples": sample_bytes,
+            "students": student_bytes * (len(phases) + 1),
+            "state": costs.parameters * 4 * (2 * 4 + 2),
+        },
+        files=tuple(files),
+    )
+
+
+def require_disk(plan: Plan, *, out: Path, cache: Path) -> None:
+    """BadInput when the disks of the two folders cannot take what the plan writes."""
+    needs: dict[int, tuple[Path, int]] = {}
+    for folder, count in ((cache, plan.disk["samples"]), (out, plan.disk["students"] + plan.disk["state"])):
+        place = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
+        device = place.stat().st_dev
+        needs[device] = (place, needs.get(device, (place, 0))[1] + count)
+    for place, count in needs.values():
+        if (free := shutil.disk_usage(place).free) < count:
+            raise BadInput(
+                f"this run writes up to {size(count)}, but the disk of {place} has {size(free)} free; free some space, "
+                "or choose --out and --cache-dir on another disk"
+            )
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 1024**2:.0f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,178 @@
+"""The settings of a run: from flags, a TOML file and the family's defaults, each with the reason for its value."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..diffusion.errors import BadInput
+from .prompts import read_text
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SMALL_PARAMETERS = 20_000_000
+"""Below this many parameters the rates of the demo hold; above it those of real checkpoints."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A resolved run; every field but the last is an option of ``toolkit.distill`` with the same name.
+
+    Guidance in guidance_scale; ``resolution`` is "WIDTHxHEIGHT" in pixels; ``updates`` one number a phase.
+    """
+
+    ckpt: str | None
+    demo: bool
+    out: str
+    method: str
+    steps: int
+    guidance: tuple[float, float]
+    guidance_default: float
+    negative: str
+    data: str | None
+    prompts: str | None
+    pictures: int
+    resolution: str
+    batch_size: int
+    micro_batch: int
+    updates: tuple[int, ...]
+    lr: float
+    warmup: int
+    clip: float
+    ema: float
+    trajectory_share: float
+    seed: int
+    precision: str
+    device: str
+    dtype: str
+    cache_dir: str
+    tokenizer: str | None
+    text_encoder: str | None
+    vae: str | None
+    method_config: dict[str, Any]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return parse_resolution(self.resolution)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a run takes where nothing was said, and where the values come from."""
+
+    values: Mapping[str, Any]
+    source: str
+
+
+EVERYWHERE = Defaults(
+    dict(
+        method="progressive",
+        steps=4,
+        guidance=(1.0, 15.0),
+        guidance_default=7.5,
+        negative="",
+        trajectory_share=0.5,
+        seed=0,
+        cache_dir="runs/cache",
+        warmup=100,
+        clip=1.0,
+    ),
+    "the house",
+)
+LARGE = Defaults(
+    dict(lr=1e-5, batch_size=16, micro_batch=1, ema=0.999, pictures=2048, dtype="fp16"),
+    "a start for Stable Diffusion 1, not measured on real weights",
+)
+SMALL = Defaults(
+    dict(lr=4e-4, batch_size=32, micro_batch=32, ema=0.99, pictures=4096, dtype="fp32"),
+    f"measured on the demo teacher, for networks under {SMALL_PARAMETERS // 1_000_000} M parameters",
+)
+DEMO = Defaults(
+    dict(steps=2, guidance=(1.0, 8.0), guidance_default=4.0, origin="pair", substeps=4, pictures=1024, updates=(900,)),
+    "the demo",
+)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """``values`` by option name, and for each the reason of its value ("you", or a default's source)."""
+
+    values: dict[str, Any]
+    reasons: dict[str, str]
+
+
+def resolve(given: Mapping[str, Any], config: Mapping[str, Any], *, parameters: int, demo: bool) -> Resolved:
+    """Flags over the config file over the defaults of the demo, of the network's size, and of the house."""
+    layers = [
+        Defaults(given, "you"),
+        Defaults(config, "the config file"),
+        *([DEMO] if demo else []),
+        SMALL if parameters < SMALL_PARAMETERS else LARGE,
+        EVERYWHERE,
+    ]
+    values: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+    for layer in layers:
+        for name, value in layer.values.items():
+            if name not in values:
+                values[name], reasons[name] = value, layer.source
+    return Resolved(values, reasons)
+
+
+def phase_updates(given: Sequence[int] | None, names: Sequence[str], *, small: bool) -> tuple[int, ...]:
+    """Updates of each phase: one number for all, one a phase, or by the phase's name and the network's size."""
+    if given:
+        if len(given) not in (1, len(names)):
+            raise BadInput(
+                f"--updates has {len(given)} numbers, but this run has {len(names)} phases ({', '.join(names)}); "
+                "give one number for all, or one a phase"
+            )
+        if min(given) < 1:
+            raise BadInput(f"--updates {min(given)}: every phase needs at least 1 update")
+        return tuple(given) * (len(names) // len(given))
+    return tuple(_default_updates(name, small=small) for name in names)
+
+
+def _default_updates(name: str, *, small: bool) -> int:
+    if name == "guided":
+        return 1500 if small else 3000
+    last_folds = name in ("fold-2", "fold-1")
+    return (800 if last_folds else 600) if small else (4000 if last_folds else 2000)
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """"512" or "512x768" -> (width, height)."""
+    try:
+        numbers = [int(part) for part in str(text).lower().split("x")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise BadInput(f"--resolution {text}: expected one number or WIDTHxHEIGHT in pixels, such as 512x768")
+    return numbers[0], numbers[-1]
+
+
+def read_config(path: Path, known: set[str]) -> dict[str, Any]:
+    """The values of a TOML file; keys as on the command line, with - or _."""
+    try:
+        values = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{path}: not a TOML file ({error}); see --help for the keys") from None
+    named = {key.replace("-", "_"): value for key, value in values.items()}
+    if unknown := sorted(set(named) - known):
+        raise BadInput(f"{path}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return named
+
+
+def to_toml(settings: Settings) -> str:
+    """The resolved run as flat TOML, as ``--config`` reads it; None is left out."""
+    values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name != "method_config"}
+    values.update(settings.method_config)
+    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items() if value is not None)
