@@ -1,12 +1,12 @@
 """Two namings of the same weights: diffusers' folders and Stable Diffusion's single file ("LDM" keys).
 
-Both namings describe one tree of modules, so each conversion is one table of module names, read from the keys that
-are there: any width, depth and choice of attention levels. The same table serves both directions, hence a round
-trip returns the same keys and tensors. Tensors are renamed, never copied; only the VAE's attention changes shape,
-(C, C) in diffusers and (C, C, 1, 1) in the single file.
+Both namings describe one tree of modules, so each conversion is one table of module names, read from the keys
+that are there: any width, depth and choice of attention levels. The same table serves both directions, hence
+a round trip returns the same keys and tensors. Tensors are renamed, never copied; only the VAE's attention
+changes shape, (C, C) in diffusers and (C, C, 1, 1) in the single file.
 
-Configurations come from shapes alone. What shapes cannot say follows Stable Diffusion 1: 8 attention heads, 32
-normalisation groups, a quick-GELU text encoder with 64 numbers a head.
+Configurations come from shapes alone. What shapes cannot say follows Stable Diffusion 1: 8 attention heads,
+32 normalisation groups, a quick-GELU text encoder with 64 numbers a head.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def vae_to_ldm(state: State) -> dict[str, Tensor]:
 
 
 def vae_from_ldm(state: State) -> dict[str, Tensor]:
-    """The VAE of a single file's state with diffusers' keys, its attention as matrices; other parts are left out."""
+    """The VAE of a single file's state with diffusers' keys, its attention as matrices."""
     part = under(state, VAE_PREFIX)
     table = _inverse(
         vae_table(_count(part, r"decoder\.up\.(\d+)\."), _depth(part, r"encoder\.down\.0\.block\."))
@@ -91,7 +91,7 @@ def vae_from_ldm(state: State) -> dict[str, Tensor]:
 
 
 def text_to_ldm(state: State) -> dict[str, Tensor]:
-    """A CLIPTextModel's state with single-file keys (transformers 4 writes ``text_model.*``, 5 writes ``*``)."""
+    """A CLIPTextModel's state with single-file keys; transformers 4 says ``text_model.*``, 5 ``*``."""
     return {TEXT_PREFIX + key.removeprefix("text_model."): value for key, value in state.items()}
 
 
@@ -177,7 +177,8 @@ def text_config_from(state: State) -> dict[str, Any]:
 def unet_table(levels: tuple[Level, ...]) -> dict[str, str]:
     """Module names of a UNet: diffusers' -> the single file's, without prefix.
 
-    The single file numbers the blocks of the down path (a downsampler counts) and of the up path through all levels.
+    The single file numbers the blocks of the down path (a downsampler counts) and of the up path through all
+    levels.
     """
     table = {
         "conv_in": "input_blocks.0.0",
@@ -209,7 +210,7 @@ def unet_table(levels: tuple[Level, ...]) -> dict[str, str]:
 
 
 def vae_table(levels: int, layers: int) -> dict[str, str]:
-    """Module names of a VAE: diffusers' -> the single file's, which numbers the decoder from the finest level."""
+    """Module names of a VAE: diffusers' -> the single file's, whose decoder counts from the finest level."""
     table = {name: name for name in ("quant_conv", "post_quant_conv")}
     for side in ("encoder", "decoder"):
         table |= {f"{side}.conv_in": f"{side}.conv_in", f"{side}.conv_out": f"{side}.conv_out"}

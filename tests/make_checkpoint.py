@@ -1,0 +1,188 @@
+"""Makes Stable Diffusion 1 checkpoints with random weights: fixtures for tests, and true-size files.
+
+``python tests/make_checkpoint.py --shape sd15 --dtype fp16 -o model.safetensors`` writes one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from toolkit.diffusion.grid import trailing_timesteps
+from toolkit.diffusion.spec import StudentSpec
+from toolkit.runtime.files import save_tensors
+from toolkit.training.checkpoint import write_checkpoint
+from toolkit.training.layout import COND_PROJ
+from toolkit.training.recognise import build, expected_keys
+from toolkit.training.vocabulary import byte_symbols
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TINY_VOCABULARY = 2 * 256 + 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Constructor arguments of the three networks that differ from Stable Diffusion 1.5's."""
+
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    text: Mapping[str, Any]
+
+
+_VAE_LEVELS = {
+    n: {"down_block_types": ("DownEncoderBlock2D",) * n, "up_block_types": ("UpDecoderBlock2D",) * n}
+    for n in (2, 4)
+}
+_SD15_UNET = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "layers_per_block": 2}
+_SD15_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, **_VAE_LEVELS[4]}
+_CLIP_L = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+}
+_TWO_LEVELS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+}
+SHAPES = {
+    "sd15": Shape(_SD15_UNET, _SD15_VAE, _CLIP_L),
+    # The smallest UNet that a stock ComfyUI takes for SD1.5 (36.7 M parameters), with true VAE and text encoder.
+    "small": Shape(
+        {"block_out_channels": (320, 320), "cross_attention_dim": 768, **_TWO_LEVELS}, _SD15_VAE, _CLIP_L
+    ),
+    "tiny": Shape(
+        {"block_out_channels": (32, 64), "cross_attention_dim": 64, **_TWO_LEVELS},
+        {"block_out_channels": (32, 64), "layers_per_block": 1, **_VAE_LEVELS[2]},
+        {
+            "vocab_size": TINY_VOCABULARY,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 1,
+            "max_position_embeddings": 24,
+            "hidden_act": "quick_gelu",
+            "bos_token_id": TINY_VOCABULARY - 2,
+            "eos_token_id": TINY_VOCABULARY - 1,
+            "pad_token_id": TINY_VOCABULARY - 1,
+        },
+    ),
+}
+
+
+def make_tensors(
+    shape: str = "tiny",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    in_channels: int = 4,
+    dial: float | None = None,
+) -> dict[str, Tensor]:
+    """A checkpoint's tensors under single-file keys; ``dial``: scale of a random guidance input, None for none."""
+    of = SHAPES[shape]
+    unet = {"in_channels": in_channels, "attention_head_dim": 8, **of.unet}
+    keys = expected_keys("unet", build("unet", unet))
+    keys |= expected_keys("vae", build("vae", {"latent_channels": 4, **of.vae}))
+    keys |= expected_keys("text_encoder", build("text_encoder", of.text))
+    if dial is not None:
+        keys[COND_PROJ] = torch.empty(of.unet["block_out_channels"][0], 256, device="meta")
+    generator = torch.Generator().manual_seed(seed)
+    made = {key: _random(key, tuple(value.shape), generator).to(dtype) for key, value in keys.items()}
+    if dial is not None:
+        made[COND_PROJ] = made[COND_PROJ] * dial
+    return made
+
+
+def make_spec(**changes: Any) -> StudentSpec:
+    """The spec of an imagined 4-step student."""
+    values: dict[str, Any] = {
+        "family": "sd1",
+        "prediction_type": "epsilon",
+        "method": "progressive",
+        "timesteps": trailing_timesteps(4),
+        "teacher_sha256": "0" * 64,
+        "teacher_name": "random",
+    }
+    return StudentSpec(**values | changes)
+
+
+def make_teacher(path: Path, **choices: Any) -> Path:
+    """Write a random teacher; choices as in :func:`make_tensors`."""
+    save_tensors(make_tensors(**choices), {"modelspec.resolution": "32x32"}, path)
+    return path
+
+
+def make_student(path: Path, *, spec: StudentSpec | None = None, dial: float = 1.0, **choices: Any) -> Path:
+    """Write a random student whose dial does something; choices as in :func:`make_tensors`."""
+    tensors = make_tensors(dial=dial, **choices)
+    write_checkpoint(path, tensors=tensors, spec=spec or make_spec(), resolution=(32, 32))
+    return path
+
+
+def make_tokenizer(folder: Path) -> Path:
+    """Write the tiny shape's tokenizer: every byte is a token."""
+    symbols = byte_symbols()
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    return folder
+
+
+def _random(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Scales under which activations stay of order 1, and a VAE whose posterior is almost a point."""
+    noise = torch.randn(shape, generator=generator)
+    if "quant_conv" in key and "post_" not in key:
+        half = shape[0] // 2
+        if key.endswith("bias"):
+            return torch.cat([0.1 * noise[:half], torch.full((half,), -25.0)])
+        return torch.cat([noise[:half] / math.sqrt(shape[1]), torch.zeros_like(noise[half:])])
+    if "embedding.weight" in key:
+        return 0.5 * noise
+    if len(shape) == 1:
+        return 0.1 * noise + (1.0 if key.endswith("weight") else 0.0)
+    return noise / math.sqrt(noise[0].numel())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="sd15")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--in-channels", type=int, default=4, help="9 for an inpainting model")
+    parser.add_argument("--student", action="store_true", help="with a random guidance input and a spec")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    args = parser.parse_args()
+    choices = {
+        "shape": args.shape,
+        "seed": args.seed,
+        "in_channels": args.in_channels,
+        "dtype": DTYPES[args.dtype],
+    }
+    if args.student:
+        make_student(args.output, spec=make_spec(inpaint=args.in_channels == 9), **choices)
+    else:
+        make_teacher(args.output, **choices)
+    print(f"{args.output}: {args.output.stat().st_size / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

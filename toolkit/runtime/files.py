@@ -1,0 +1,248 @@
+"""Weight files: reading and writing safetensors, with every failure as one sentence.
+
+Written files are reproducible: the same tensors and metadata give the same bytes in every process (the
+safetensors library itself writes metadata in an order that changes from process to process). They appear
+under their name complete or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import struct
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..diffusion.errors import BadInput
+from ..diffusion.spec import SPEC_KEY, StudentSpec
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""safetensors' names of the dtypes that weights come in."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LONGEST_HEADER = 100_000_000
+_READ = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says before its data; ``tensors``: name -> empty tensor on the meta device."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, Tensor]
+
+
+def read_header(path: Path) -> Header:
+    """Names, shapes, dtypes and metadata of a safetensors file, checked against its length."""
+    found = _read_header_json(path)
+    metadata = found.pop("__metadata__", {})
+    try:
+        tensors = {
+            name: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
+            for name, entry in found.items()
+        }
+        return Header({str(key): str(value) for key, value in metadata.items()}, tensors)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise BadInput(
+            f"{path}: the safetensors header cannot be read ({error}); download it again"
+        ) from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; empty if it has none."""
+    return read_header(path).metadata
+
+
+def read_spec(path: Path) -> StudentSpec | None:
+    """The StudentSpec of a safetensors file, or None for a file that is no student of ours."""
+    return spec_from(read_metadata(path), path)
+
+
+def spec_from(metadata: Mapping[str, str], path: Path) -> StudentSpec | None:
+    """The StudentSpec in a file's metadata; an error names the file."""
+    if SPEC_KEY not in metadata:
+        return None
+    try:
+        return StudentSpec.from_json(metadata[SPEC_KEY])
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+
+
+def load_tensors(path: Path, *, prefix: str = "", keys: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, memory-mapped: all, those under a prefix, or those named by ``keys``.
+
+    Raises BadInput for every kind of unreadable file, and for a key that is not there.
+    """
+    names = read_header(path).tensors
+    wanted = [name for name in names if name.startswith(prefix)] if keys is None else list(keys)
+    if missing := [name for name in wanted if name not in names]:
+        raise BadInput(f"{path}: the key {missing[0]} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in wanted}
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path}: the tensors cannot be read ({error})") from None
+
+
+def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+    """Write a safetensors file, atomically and reproducibly; BadInput if the disk or the folder refuses.
+
+    Tensors stand by descending element size, then by name, so that each is aligned; metadata by name.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    with atomic_path(path, size=end + len(header)) as partial, open(partial, "xb") as file:
+        file.write(struct.pack("<Q", len(header)))
+        file.write(header)
+        for name in names:
+            if tensors[name].numel():
+                file.write(_bytes(tensors[name]))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, *, size: int = 0) -> Generator[Path, None, None]:
+    """A name beside ``path`` to write a file or a folder under; it becomes ``path`` when the block ends well.
+
+    If the block fails nothing is left behind. A full disk (``size`` bytes are needed) and a folder that
+    cannot be written are BadInput. An existing ``path`` is replaced.
+    """
+    partial = path.with_name(f".fewstep-{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(path.parent).free) < size:
+            raise OSError(errno.ENOSPC, f"{size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
+        yield partial
+        if partial.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    except OSError as error:
+        raise BadInput(f"{path}: {_why_not_written(error)}") from error
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 in hexadecimal of a file, or of the files in a diffusers folder's ``unet`` in name order."""
+    files = sorted(file for file in (path / "unet").iterdir() if file.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for name in files:
+        with open(name, "rb") as file:
+            while chunk := file.read(_READ):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def modelspec(
+    *, title: str, architecture: str, prediction_type: str, resolution: tuple[int, int], **more: str
+) -> dict[str, str]:
+    """``modelspec.*`` metadata as other trainers write it (version 1.0.0; v-prediction is called "v").
+
+    The date is written only when SOURCE_DATE_EPOCH says which, so that files are reproducible.
+    """
+    fields = {
+        "sai_model_spec": "1.0.0",
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "title": title,
+        "architecture": architecture,
+        "prediction_type": "v" if prediction_type == "v_prediction" else prediction_type,
+        "resolution": f"{resolution[0]}x{resolution[1]}",
+        **more,
+    }
+    if epoch := os.environ.get("SOURCE_DATE_EPOCH"):
+        when = datetime.datetime.fromtimestamp(int(epoch), tz=datetime.timezone.utc)
+        fields["date"] = when.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {f"modelspec.{name}": value for name, value in fields.items()}
+
+
+def check_file(path: Path) -> int:
+    """A file's length; BadInput for none, a folder, an empty file, a web page and text."""
+    if not path.exists():
+        raise BadInput(f"{path}: there is no such file")
+    if path.is_dir():
+        raise BadInput(f"{path}: this is a folder, and a file of weights was expected")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise BadInput(f"{path}: the file cannot be read ({error.strerror})") from None
+    if not start:
+        raise BadInput(f"{path}: the file is empty; download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise BadInput(f"{path}: this is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise BadInput(f"{path}: this is a web page (HTML), not weights; download the file itself")
+    if b"\0" not in start and all(byte >= 32 or byte in b"\t\n\r\f" for byte in start):
+        raise BadInput(f"{path}: this is a text file, not weights")
+    return path.stat().st_size
+
+
+def _read_header_json(path: Path) -> dict[str, Any]:
+    size = check_file(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > _LONGEST_HEADER:
+            raise BadInput(f"{path}: this is no safetensors file (it has no such header)")
+        text = file.read(length)
+    if len(text) < length:
+        raise BadInput(f"{path}: the file is truncated within its header; download it again")
+    try:
+        found: Any = json.loads(text)
+        ends = [entry["data_offsets"][1] for name, entry in found.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        raise BadInput(f"{path}: the safetensors header cannot be read; download the file again") from None
+    if (expected := 8 + length + max(ends, default=0)) != size:
+        state = "truncated" if size < expected else "longer than its header says"
+        raise BadInput(f"{path}: the file is {state} ({size:,} of {expected:,} bytes); download it again")
+    return found
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _why_not_written(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"cannot be written: the disk is full ({error.strerror}); free some space or write elsewhere"
+    return f"cannot be written ({error.strerror or error}); choose a folder that can be"
