@@ -62,7 +62,9 @@ def test_predictions_convert_there_and_back(kind):
     velocity = velocity_from(prediction, x, sigma, kind)
     assert torch.allclose(prediction_from_velocity(velocity, x, sigma, kind), prediction, atol=1e-12)
     assert torch.allclose(
-        x0_from(prediction, x, sigma, kind), prediction_from_velocity(velocity, x, sigma, "sample"), atol=1e-12
+        x0_from(prediction, x, sigma, kind),
+        prediction_from_velocity(velocity, x, sigma, "sample"),
+        atol=1e-12,
     )
 
 
@@ -109,7 +111,10 @@ def test_one_step_with_the_chord_lands_where_the_teachers_steps_landed(substeps)
     ends = Grid.trailing(4).sigmas(SCHEDULE)
     for j in range(4):
         x = random(4, 2, 3, 3, seed=j) * (1 + ends[j] ** 2).sqrt()
-        path = [torch.full((4,), float(s), dtype=torch.float64) for s in torch.linspace(ends[j], ends[j + 1], substeps + 1)]
+        path = [
+            torch.full((4,), float(s), dtype=torch.float64)
+            for s in torch.linspace(ends[j], ends[j + 1], substeps + 1)
+        ]
         landed = roll(teacher, x, path, cond=cond, w=None)
         velocity = chord_velocity(x, landed, path[0], path[-1])
         x0 = prediction_from_velocity(velocity, x, path[0], "sample")
@@ -124,12 +129,18 @@ def test_euler_steps_converge_to_the_exact_flow_with_order_one():
     for steps in (16, 32, 64):
         path = [torch.full((3,), float(s), dtype=torch.float64) for s in torch.linspace(3.0, 0.5, steps + 1)]
         errors.append(float((roll(teacher, x, path, cond=cond, w=None) - exact).abs().max()))
-    assert errors[0] / errors[1] == pytest.approx(2, rel=0.15) and errors[1] / errors[2] == pytest.approx(2, rel=0.1)
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.15) and errors[1] / errors[2] == pytest.approx(
+        2, rel=0.1
+    )
 
 
 def test_the_guided_pair_is_the_formula_and_needs_no_pair_without_w():
     teacher, cond, uncond = GaussianTeacher(), means(4), means(1, 0.0)
-    x, sigma, w = random(4, 1, 2, 2), torch.tensor([0.5, 1, 4, 14.0]).double(), torch.tensor([0, 1, 3, 6.5]).double()
+    x, sigma, w = (
+        random(4, 1, 2, 2),
+        torch.tensor([0.5, 1, 4, 14.0]).double(),
+        torch.tensor([0, 1, 3, 6.5]).double(),
+    )
     guided = Guided(teacher, uncond)
     c, u = teacher(x, sigma, cond=cond), teacher(x, sigma, cond=means(4, 0.0))
     assert torch.allclose(guided(x, sigma, cond=cond, w=w), c + like(w, x) * (c - u), atol=1e-12)

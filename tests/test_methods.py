@@ -51,7 +51,10 @@ def test_losses_are_one_a_sample_differentiable_and_drawn_from_the_generator_alo
     for phase in METHODS[name].phases(METHODS[name].Config(), SETTING):
         losses = [
             phase.loss(
-                student=Student(), teacher=GaussianTeacher(), batch=batch(), generator=torch.Generator().manual_seed(7)
+                student=Student(),
+                teacher=GaussianTeacher(),
+                batch=batch(),
+                generator=torch.Generator().manual_seed(7),
             )
             for _ in range(2)
         ]
@@ -65,9 +68,13 @@ def test_a_perfect_guided_student_has_zero_loss():
     (phase,) = METHODS["guided"].phases(METHODS["guided"].Config(), SETTING)
     data, teacher = batch(), GaussianTeacher()
     perfect = Guided(teacher, data.uncond)
-    loss = phase.loss(student=perfect, teacher=teacher, batch=data, generator=torch.Generator().manual_seed(1))
+    loss = phase.loss(
+        student=perfect, teacher=teacher, batch=data, generator=torch.Generator().manual_seed(1)
+    )
     assert loss.max() < 1e-10
-    unguided = phase.loss(student=teacher, teacher=teacher, batch=data, generator=torch.Generator().manual_seed(1))
+    unguided = phase.loss(
+        student=teacher, teacher=teacher, batch=data, generator=torch.Generator().manual_seed(1)
+    )
     assert unguided[0] < 1e-10 and unguided[1:].min() > 1e-10
 
 
@@ -126,7 +133,10 @@ def test_rows_on_the_trajectory_start_from_its_points_and_the_others_from_noised
 def test_half_of_the_noised_rows_at_the_top_are_pure_noise_of_unit_variance():
     data = batch(4000, x0=torch.full((4000, 1, 1, 1), 40.0))
     top = torch.full((4000,), 999)
-    z = data.start(top, schedule=SCHEDULE, generator=torch.Generator().manual_seed(0)) / (1 + 14.6146**2) ** 0.5
+    z = (
+        data.start(top, schedule=SCHEDULE, generator=torch.Generator().manual_seed(0))
+        / (1 + 14.6146**2) ** 0.5
+    )
     assert float(z.mean()) == pytest.approx(0.5 * 40 * 0.0683, abs=0.08)
     assert float(z.var()) == pytest.approx(1 + (0.5 * 40 * 0.0683) ** 2, rel=0.06)
 

@@ -27,7 +27,9 @@ def test_a_perfect_student_lands_where_its_teacher_lands(steps):
     x = initial_latent((3, 2, 2, 2), seed=0, sigma=float(grid.sigmas(SCHEDULE)[0])).double()
     arguments = {"cond": cond}
     by_teacher = sample_deterministic(teacher, x, finer.sigmas(SCHEDULE), arguments)
-    by_student = sample_deterministic(PerfectStudent(teacher, grid, finer), x, grid.sigmas(SCHEDULE), arguments)
+    by_student = sample_deterministic(
+        PerfectStudent(teacher, grid, finer), x, grid.sigmas(SCHEDULE), arguments
+    )
     assert torch.allclose(by_student, by_teacher, atol=1e-9)
 
 
@@ -69,7 +71,11 @@ def test_the_callback_is_told_of_every_evaluation():
     sigmas = Grid.trailing(3).sigmas(SCHEDULE)
     x = torch.zeros(1, 1, 1, 1)
     sample_deterministic(
-        GaussianTeacher(), x, sigmas, {"cond": means(1)}, callback=lambda state: seen.append(float(state["sigma"]))
+        GaussianTeacher(),
+        x,
+        sigmas,
+        {"cond": means(1)},
+        callback=lambda state: seen.append(float(state["sigma"])),
     )
     assert seen == sigmas[:-1].tolist()
 
@@ -88,7 +94,13 @@ def timesteps_of(sigmas: torch.Tensor) -> list[int]:
 def test_a_walk_evaluates_the_start_and_the_trained_entries_below_it():
     trained = Grid.trailing(4).timesteps
     assert timesteps_of(walk(trained, SCHEDULE)) == [999, 749, 499, 249]
-    for strength, expected in {0.2: [199], 0.35: [349, 249], 0.5: [499, 249], 0.7: [699, 499, 249], 1.0: [999, 749, 499, 249]}.items():
+    for strength, expected in {
+        0.2: [199],
+        0.35: [349, 249],
+        0.5: [499, 249],
+        0.7: [699, 499, 249],
+        1.0: [999, 749, 499, 249],
+    }.items():
         sigmas = walk(trained, SCHEDULE, start_sigma=strength_sigma(strength, SCHEDULE))
         assert timesteps_of(sigmas) == expected and sigmas[-1] == 0
 

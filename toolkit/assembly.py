@@ -30,6 +30,7 @@ from .methods import find_methods, options_of
 from .opening import open_for_people
 from .runtime.files import atomic_path
 from .training.checkpoint import Checkpoint, save_student
+from .training.layout import UNET_PREFIX
 from .training.loop import DTYPES, Job, LoopSettings, train
 from .training.networks import denoiser, encode_images, encode_texts
 from .training.plan import Plan, make_plan, measure
@@ -54,14 +55,10 @@ LOOK_PICTURES = 8
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """The opened teacher and the sizes that planning needs."""
+    """The opened teacher, and the sizes that planning needs."""
 
     demo: bool
     checkpoint: Checkpoint
-    parameters: int
-    native: tuple[int, int]
-    cell: int
-    channels: int
 
     @classmethod
     def open(cls, values: Mapping[str, Any]) -> Teacher:
@@ -75,21 +72,27 @@ class Teacher:
             path, tokenizer=tokenizer, text_encoder=values.get("text_encoder"), vae=values.get("vae")
         )
         if checkpoint.kind != "teacher":
-            raise BadInput(f"{path}: this is a {checkpoint.kind}; give the checkpoint that it was distilled from")
-        unet = checkpoint.unet(conditioned=True)
-        side = int(unet.config["sample_size"]) * checkpoint.downscale
-        levels = len(unet.config["block_out_channels"])
-        return cls(
-            demo=bool(values.get("demo")),
-            checkpoint=checkpoint,
-            parameters=sum(p.numel() for p in unet.parameters()),
-            native=(side, side),
-            cell=checkpoint.downscale * 2 ** (levels - 1),
-            channels=int(unet.config["out_channels"]),
-        )
+            raise BadInput(
+                f"{path}: this is a {checkpoint.kind}; give the checkpoint that it was distilled from"
+            )
+        return cls(demo=bool(values.get("demo")), checkpoint=checkpoint)
+
+    @property
+    def parameters(self) -> int:
+        """Of the UNet."""
+        tensors = self.checkpoint.tensors
+        return sum(tensor.numel() for key, tensor in tensors.items() if key.startswith(UNET_PREFIX))
+
+    @property
+    def cell(self) -> int:
+        """Pixels that a picture's sides must be multiples of."""
+        levels = len(self.checkpoint.config("unet")["block_out_channels"])
+        return self.checkpoint.downscale * 2 ** (levels - 1)
 
 
-def settle(given: Mapping[str, Any], config: Mapping[str, Any], teacher: Teacher) -> tuple[Settings, dict[str, str]]:
+def settle(
+    given: Mapping[str, Any], config: Mapping[str, Any], teacher: Teacher
+) -> tuple[Settings, dict[str, str]]:
     """All settings with their reasons, checked."""
     small = teacher.parameters < SMALL_PARAMETERS
     demo = teacher.demo
@@ -103,9 +106,13 @@ def settle(given: Mapping[str, Any], config: Mapping[str, Any], teacher: Teacher
     default("device", "cuda" if torch.cuda.is_available() else "cpu", "what this machine has")
     on_gpu = not values["device"].startswith("cpu")
     default("precision", "bf16" if on_gpu and not small else "fp32", "the device and the network's size")
-    default("resolution", "{}x{}".format(*teacher.native), "the teacher's own")
+    default("resolution", "{}x{}".format(*teacher.checkpoint.resolution), "the teacher's own")
     name = "demo" if demo else teacher.checkpoint.name
-    default("out", str(Path("runs") / f"{name}-{values['method']}-{values['steps']}"), "checkpoint, method and steps")
+    default(
+        "out",
+        str(Path("runs") / f"{name}-{values['method']}-{values['steps']}"),
+        "checkpoint, method and steps",
+    )
     for optional in ("ckpt", "data", "prompts", "tokenizer", "text_encoder", "vae"):
         values.setdefault(optional, None)
     values.update(demo=demo, guidance=tuple(values["guidance"]))
@@ -124,7 +131,9 @@ def _check(settings: Settings, teacher: Teacher) -> None:
     """BadInput for settings that cannot be run."""
     low, high = settings.guidance
     if not 1 <= low <= high < float("inf"):
-        raise BadInput(f"--guidance {low:g} {high:g}: expected 1 <= LO <= HI (1 is unguided), such as --guidance 1 15")
+        raise BadInput(
+            f"--guidance {low:g} {high:g}: expected 1 <= LO <= HI (1 is unguided), such as --guidance 1 15"
+        )
     if not low <= settings.guidance_default <= high:
         raise BadInput(
             f"--guidance-default {settings.guidance_default:g} lies outside --guidance {low:g} {high:g}; choose one inside"
@@ -145,7 +154,9 @@ def _check(settings: Settings, teacher: Teacher) -> None:
     try:
         torch.empty(0, device=settings.device)
     except (RuntimeError, AssertionError):
-        raise BadInput(f"--device {settings.device}: this machine's torch cannot use it; try --device cpu") from None
+        raise BadInput(
+            f"--device {settings.device}: this machine's torch cannot use it; try --device cpu"
+        ) from None
 
 
 def phases_of(settings: Settings, checkpoint: Checkpoint) -> tuple[Phase, ...]:
@@ -172,7 +183,11 @@ def _loop_settings(settings: Settings) -> LoopSettings:
 
 def _latent_shape(settings: Settings, teacher: Teacher) -> tuple[int, int, int]:
     width, height = settings.size
-    return teacher.channels, height // teacher.checkpoint.downscale, width // teacher.checkpoint.downscale
+    return (
+        teacher.checkpoint.latent_channels,
+        height // teacher.checkpoint.downscale,
+        width // teacher.checkpoint.downscale,
+    )
 
 
 def _request(settings: Settings, teacher: Teacher) -> TeacherSampleRequest | ImageFolderRequest:
@@ -202,11 +217,11 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
     """Measure the network briefly and add up what the run will cost."""
     request = _request(settings, teacher)
     unet = teacher.checkpoint.unet(conditioned=True)
-    text_config = teacher.checkpoint.text_encoder().config
+    text_config = teacher.checkpoint.config("text_encoder")
     costs = measure(
         unet,
         latent=_latent_shape(settings, teacher),
-        text=(text_config.max_position_embeddings, text_config.hidden_size),
+        text=(text_config["max_position_embeddings"], text_config["hidden_size"]),
         batch=min(settings.micro_batch, settings.batch_size),
         device=torch.device(settings.device),
         precision=settings.precision,
@@ -219,7 +234,8 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
         costs,
         sample_evaluations=2 * TEACHER_STEPS * request.count if own and not folder.exists() else 0,
         sample_bytes=request.bytes,
-        student_bytes=teacher.parameters * DTYPES[settings.dtype].itemsize + teacher.checkpoint.carried_bytes,
+        student_bytes=teacher.parameters * DTYPES[settings.dtype].itemsize
+        + sum(t.nbytes for t in teacher.checkpoint.carried().values()),
         files=[
             "student.safetensors",
             *(f"students/{len(phase.grid)}.safetensors" for phase in phases),
@@ -333,9 +349,7 @@ def _looker(settings: Settings, teacher: Teacher) -> Callable[[str, NetworkDenoi
             spec=_spec(settings, checkpoint, phase),
             device=settings.device,
         )
-        rows = [
-            list(painter.paint(prompts, seeds=range(len(prompts)), guidance=scale)) for scale in scales
-        ]
+        rows = [list(painter.paint(prompts, seeds=range(len(prompts)), guidance=scale)) for scale in scales]
         labels = [f"{len(phase.grid)} steps, guidance {scale:g}" for scale in scales]
         save_png(grid(rows, rows=labels, columns=prompts), Path(settings.out) / "samples" / f"{name}.png")
 

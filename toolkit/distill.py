@@ -51,7 +51,9 @@ def main() -> None:
         require_disk(plan, out=out, cache=Path(settings.cache_dir))
         if options.dry_run:
             if options.json:
-                print_json({"plan": plan.to_json(), "settings": dataclasses.asdict(settings), "reasons": reasons})
+                print_json(
+                    {"plan": plan.to_json(), "settings": dataclasses.asdict(settings), "reasons": reasons}
+                )
             return
         with atomic_path(out / "config.toml") as temporary:
             temporary.write_text(to_toml(settings), encoding="utf-8")
@@ -73,34 +75,80 @@ def _parse() -> argparse.Namespace:
     if method not in methods:
         raise BadInput(f"--method {method}: no such method; there are {', '.join(methods)}")
     parser = argparse.ArgumentParser(
-        prog="python -m toolkit.distill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m toolkit.distill",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--ckpt", metavar="PATH", help="teacher: a checkpoint file (.safetensors, .ckpt) or a diffusers folder")
-    add("--demo", action="store_true", default=None, help="the embedded teacher, with settings for minutes on 2 cores")
-    add("--out", metavar="DIR", help="everything the run writes (default: runs/<checkpoint>-<method>-<steps>)")
+    add(
+        "--ckpt",
+        metavar="PATH",
+        help="teacher: a checkpoint file (.safetensors, .ckpt) or a diffusers folder",
+    )
+    add(
+        "--demo",
+        action="store_true",
+        default=None,
+        help="the embedded teacher, with settings for minutes on 2 cores",
+    )
+    add(
+        "--out", metavar="DIR", help="everything the run writes (default: runs/<checkpoint>-<method>-<steps>)"
+    )
     add("--method", help=f"{', '.join(methods)} (default: progressive)")
     add("--steps", type=int, metavar="N", help="evaluations of the finished student (default: 4)")
-    add("--guidance", type=float, nargs=2, metavar=("LO", "HI"), help="range that stays adjustable (default: 1 15)")
+    add(
+        "--guidance",
+        type=float,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="range that stays adjustable (default: 1 15)",
+    )
     add("--guidance-default", type=float, metavar="G", help="what hosts start with (default: 7.5)")
     add("--negative", metavar="TEXT", help="negative prompt distilled into the student (default: none)")
-    add("--data", metavar="DIR", help="pictures with same-named .txt captions (default: the teacher's own pictures)")
-    add("--prompts", metavar="FILE", help="one prompt a line, for the teacher's own pictures (default: built in)")
+    add(
+        "--data",
+        metavar="DIR",
+        help="pictures with same-named .txt captions (default: the teacher's own pictures)",
+    )
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="one prompt a line, for the teacher's own pictures (default: built in)",
+    )
     add("--pictures", type=int, metavar="N", help="how many pictures the teacher makes")
     add("--resolution", metavar="N|WxH", help="pixels (default: the teacher's)")
     add("--batch-size", type=int, metavar="N", help="pictures an update")
     add("--micro-batch", type=int, metavar="N", help="pictures at once in memory")
-    add("--updates", type=int, nargs="+", metavar="N", help="updates: one number for all phases, or one a phase")
+    add(
+        "--updates",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="updates: one number for all phases, or one a phase",
+    )
     add("--lr", type=float, help="learning rate")
     add("--warmup", type=int, metavar="N", help="updates to reach it in each phase (default: 100)")
     add("--clip", type=float, help="gradient norm at most (default: 1)")
     add("--ema", type=float, help="memory of the averaged weights that are written")
-    add("--trajectory-share", type=float, metavar="F", help="share that starts from the teacher's own trajectories")
+    add(
+        "--trajectory-share",
+        type=float,
+        metavar="F",
+        help="share that starts from the teacher's own trajectories",
+    )
     add("--seed", type=int)
-    add("--precision", choices=list(DTYPES), help="compute in (default: bf16 on a GPU for large networks, else fp32)")
+    add(
+        "--precision",
+        choices=list(DTYPES),
+        help="compute in (default: bf16 on a GPU for large networks, else fp32)",
+    )
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="weights of the student's file")
-    add("--cache-dir", metavar="DIR", help="where latents, texts and trajectories are kept (default: runs/cache)")
+    add(
+        "--cache-dir",
+        metavar="DIR",
+        help="where latents, texts and trajectories are kept (default: runs/cache)",
+    )
     add("--tokenizer", metavar="PATH", help='folder or file of the CLIP vocabulary, or "hub" to download it')
     add("--text-encoder", metavar="FILE", help="for a UNet-only file")
     add("--vae", metavar="FILE", help="for a UNet-only file, or instead of the checkpoint's own")
@@ -137,7 +185,9 @@ def _stored(options: argparse.Namespace) -> dict[str, Any]:
     out = Path(options.out) if options.out else _default_out(options)
     path = out / "config.toml"
     if not path.exists():
-        raise BadInput(f"{out} holds no run to go on with (no config.toml in it); name the run's folder by --out")
+        raise BadInput(
+            f"{out} holds no run to go on with (no config.toml in it); name the run's folder by --out"
+        )
     values = read_config(path, set().union(*(_known(method) for method in find_methods().values())))
     for name, value in vars(options).items():
         if value is None or name in NOT_SETTINGS or name == "out":
@@ -168,8 +218,6 @@ def _print_plan(plan: Plan, settings: Settings, reasons: dict[str, str]) -> None
     for name, value in {**dataclasses.asdict(settings), **settings.method_config}.items():
         if name != "method_config" and value is not None:
             log.info("  %-18s %-24s %s", name, _plain(value), reasons.get(name, "the method"))
-
-
 
 
 if __name__ == "__main__":

@@ -85,4 +85,7 @@ def concat_cond(conds: Sequence[Cond]) -> Cond:
 
 def expand_cond(cond: Cond, batch: int) -> Cond:
     """A one-row conditioning repeated for a batch; one that has the batch already is returned as it is."""
-    return {name: value if len(value) == batch else value.expand(batch, *value.shape[1:]) for name, value in cond.items()}
+    return {
+        name: value if len(value) == batch else value.expand(batch, *value.shape[1:])
+        for name, value in cond.items()
+    }

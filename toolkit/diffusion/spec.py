@@ -83,7 +83,9 @@ class StudentSpec:
         try:
             found: Any = json.loads(text)
         except json.JSONDecodeError as error:
-            raise BadInput(f"{SPEC_KEY} in the file's metadata is not JSON ({error}); export the student anew") from None
+            raise BadInput(
+                f"{SPEC_KEY} in the file's metadata is not JSON ({error}); export the student anew"
+            ) from None
         if not isinstance(found, dict):
             raise BadInput(f"{SPEC_KEY} in the file's metadata is not a JSON object; export the student anew")
         values: dict[str, Any] = dict(found)  # type: ignore[reportUnknownArgumentType]
@@ -95,7 +97,9 @@ class StudentSpec:
         names = {f.name for f in fields(cls)}
         required = {"family", "prediction_type", "method", "timesteps", "teacher_sha256", "teacher_name"}
         if wrong := sorted((set(values) - names) | (required - set(values))):
-            raise BadInput(f"{SPEC_KEY} has unknown or missing fields: {', '.join(wrong)}; export the student anew")
+            raise BadInput(
+                f"{SPEC_KEY} has unknown or missing fields: {', '.join(wrong)}; export the student anew"
+            )
         values["timesteps"] = tuple(int(t) for t in values["timesteps"])
         values["loras"] = tuple(AppliedLora(**lora) for lora in values.get("loras", ()))
         if values.get("w_embedding") is not None:

@@ -57,7 +57,9 @@ class GuidedLoss:
     schedule: NoiseSchedule
     prediction_type: PredictionType
 
-    def __call__(self, *, student: Denoiser, teacher: Denoiser, batch: Batch, generator: torch.Generator) -> Tensor:
+    def __call__(
+        self, *, student: Denoiser, teacher: Denoiser, batch: Batch, generator: torch.Generator
+    ) -> Tensor:
         top = len(self.schedule) - 1
         timestep = draw_timesteps(
             [top], len(batch.x0), inside=1 - self.config.top_share, generator=generator

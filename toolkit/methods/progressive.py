@@ -37,15 +37,18 @@ from . import guided
 @dataclass(frozen=True)
 class Config:
     origin: Literal["guided", "pair"] = field(
-        default="guided", metadata={"help": "start from a stage-1 student, or fold once straight from the CFG pair"}
+        default="guided",
+        metadata={"help": "start from a stage-1 student, or fold once straight from the CFG pair"},
     )
     finest: int = field(default=16, metadata={"help": "at least so many steps before the first halving"})
     substeps: int = field(default=4, metadata={"help": "teacher steps in one student step, with origin pair"})
     velocity_at: int = field(
-        default=2, metadata={"help": "students of so many steps or fewer predict v; 0 keeps the teacher's prediction"}
+        default=2,
+        metadata={"help": "students of so many steps or fewer predict v; 0 keeps the teacher's prediction"},
     )
     inside: float = field(
-        default=0.25, metadata={"help": "share of each batch that starts inside a cell: img2img at any strength"}
+        default=0.25,
+        metadata={"help": "share of each batch that starts inside a cell: img2img at any strength"},
     )
 
 
@@ -93,7 +96,9 @@ class FoldLoss:
     schedule: NoiseSchedule
     guide: bool
 
-    def __call__(self, *, student: Denoiser, teacher: Denoiser, batch: Batch, generator: torch.Generator) -> Tensor:
+    def __call__(
+        self, *, student: Denoiser, teacher: Denoiser, batch: Batch, generator: torch.Generator
+    ) -> Tensor:
         device = batch.x0.device
         timestep = draw_timesteps(
             self.grid.timesteps, len(batch.x0), inside=self.inside, generator=generator

@@ -106,7 +106,10 @@ def train(job: Job, settings: LoopSettings, *, device: torch.device) -> None:
     progress = Progress(saved["phase"], saved["update"]) if saved else Progress()
     cut_back(job.out / "run.jsonl", progress)
     done = sum(settings.updates[: progress.phase]) + progress.update
-    with tqdm(total=sum(settings.updates), initial=done, unit="update", dynamic_ncols=True) as bar, stop_requests() as stop:
+    with (
+        tqdm(total=sum(settings.updates), initial=done, unit="update", dynamic_ncols=True) as bar,
+        stop_requests() as stop,
+    ):
         if saved is None:
             _look_at_start(job, device)
         for index in range(progress.phase, len(job.phases)):
@@ -159,9 +162,7 @@ class PhaseTrainer:
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0
         )
-        self.student = denoiser(
-            self.unet, schedule=job.schedule, prediction_type=self.phase.prediction_type
-        )
+        self.student = denoiser(self.unet, schedule=job.schedule, prediction_type=self.phase.prediction_type)
 
     def _frozen_teacher(self, previous: dict[str, Tensor] | None) -> NetworkDenoiser:
         """The original teacher, or the previous student read in the previous phase's prediction type."""
@@ -198,9 +199,16 @@ class PhaseTrainer:
         settings = self.settings
         generator = torch.Generator().manual_seed(derived_seed(settings.seed, self.index, self.update))
         indices = data_order(
-            len(self.job.samples), settings.batch_size, self.update, seed=derived_seed(settings.seed, self.index, -1)
+            len(self.job.samples),
+            settings.batch_size,
+            self.update,
+            seed=derived_seed(settings.seed, self.index, -1),
         )
-        lr = settings.lr * self.phase.lr_scale * lr_factor(self.update, settings.updates[self.index], settings.warmup)
+        lr = (
+            settings.lr
+            * self.phase.lr_scale
+            * lr_factor(self.update, settings.updates[self.index], settings.warmup)
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         total = 0.0
@@ -300,7 +308,9 @@ def data_order(samples: int, batch: int, update: int, *, seed: int) -> Tensor:
     positions = torch.arange(update * batch, (update + 1) * batch)
     epochs = positions // samples
     orders = {
-        int(epoch): torch.randperm(samples, generator=torch.Generator().manual_seed(derived_seed(seed, int(epoch))))
+        int(epoch): torch.randperm(
+            samples, generator=torch.Generator().manual_seed(derived_seed(seed, int(epoch)))
+        )
         for epoch in epochs.unique()
     }
     return torch.stack([orders[int(e)][int(p % samples)] for e, p in zip(epochs, positions, strict=True)])

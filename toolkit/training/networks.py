@@ -21,9 +21,9 @@ def unet_network(unet: torch.nn.Module) -> Network:
     def call(z: Tensor, timestep: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
         dtype = next(unet.parameters()).dtype
         embedded = None if w is None else w_embedding(w).to(dtype)
-        return unet(
-            z.to(dtype), timestep, cond["text"].to(dtype), timestep_cond=embedded, return_dict=False
-        )[0]
+        return unet(z.to(dtype), timestep, cond["text"].to(dtype), timestep_cond=embedded, return_dict=False)[
+            0
+        ]
 
     return call
 

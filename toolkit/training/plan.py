@@ -67,14 +67,26 @@ class Plan:
 
     def text(self) -> str:
         """The plan for people, a few lines."""
-        rows = [("teacher's pictures", "", self.sample_evaluations, self.sample_seconds)] if self.sample_evaluations else []
+        rows = (
+            [("teacher's pictures", "", self.sample_evaluations, self.sample_seconds)]
+            if self.sample_evaluations
+            else []
+        )
         rows += [(p.name, str(p.updates), p.evaluations, p.seconds) for p in self.phases]
         rows.append(("all", "", self.evaluations, self.seconds))
         lines = [f"{'phase':<20}{'updates':>9}{'evaluations':>14}{'about':>12}"]
-        lines += [f"{name:<20}{updates:>9}{count:>14,}{duration(seconds):>12}" for name, updates, count, seconds in rows]
+        lines += [
+            f"{name:<20}{updates:>9}{count:>14,}{duration(seconds):>12}"
+            for name, updates, count, seconds in rows
+        ]
         disk = ", ".join(f"{name} {size(count)}" for name, count in self.disk.items())
         return "\n".join(
-            [*lines, f"memory: about {size(self.memory_bytes)}", f"disk: {disk}", "files: " + ", ".join(self.files)]
+            [
+                *lines,
+                f"memory: about {size(self.memory_bytes)}",
+                f"disk: {disk}",
+                "files: " + ", ".join(self.files),
+            ]
         )
 
 

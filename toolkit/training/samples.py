@@ -52,7 +52,10 @@ class Samples:
         """The named tensors of the samples ``indices`` (B,), stacked."""
         starts = torch.tensor([0, *(len(shard["text"]) for shard in self.shards)]).cumsum(0)
         places = torch.searchsorted(starts, indices, right=True) - 1
-        picked = [(self.shards[p], int(i - starts[p])) for p, i in zip(places.tolist(), indices.tolist(), strict=True)]
+        picked = [
+            (self.shards[p], int(i - starts[p]))
+            for p, i in zip(places.tolist(), indices.tolist(), strict=True)
+        ]
         return {name: torch.stack([shard[name][row] for shard, row in picked]) for name in self.shards[0]}
 
     @property
@@ -160,7 +163,12 @@ def make_teacher_samples(
 
 @torch.no_grad()
 def _sample_part(
-    numbers: Tensor, request: TeacherSampleRequest, guided: Guided, text: Tensor, sigmas: Tensor, device: torch.device
+    numbers: Tensor,
+    request: TeacherSampleRequest,
+    guided: Guided,
+    text: Tensor,
+    sigmas: Tensor,
+    device: torch.device,
 ) -> dict[str, Tensor]:
     seeds = [request.seed * 1_000_003 + int(n) for n in numbers]
     sigma_0 = float(sigmas[0])
@@ -195,7 +203,9 @@ class ImageFolderRequest:
 def scan_image_folder(folder: Path) -> tuple[tuple[str, str, str], ...]:
     """(file name, SHA-256, caption) of every picture in the folder; the caption is the same-named .txt's."""
     if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder; --data needs a folder of pictures with same-named .txt captions")
+        raise BadInput(
+            f"{folder}: no such folder; --data needs a folder of pictures with same-named .txt captions"
+        )
     found: list[tuple[str, str, str]] = []
     uncaptioned: list[str] = []
     for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES):
@@ -206,7 +216,9 @@ def scan_image_folder(folder: Path) -> tuple[tuple[str, str, str], ...]:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         found.append((path.name, digest, " ".join(read_text(caption).split())))
     if uncaptioned:
-        log.warning("%d pictures without a .txt caption are left out, %s first", len(uncaptioned), uncaptioned[0])
+        log.warning(
+            "%d pictures without a .txt caption are left out, %s first", len(uncaptioned), uncaptioned[0]
+        )
     if not found:
         raise BadInput(f"{folder}: no picture with a same-named .txt caption found; put both in the folder")
     return tuple(found)
@@ -222,7 +234,9 @@ def make_image_samples(
     progress: Callable[[Iterable[int]], Iterable[int]],
 ) -> Samples:
     """Latents of the folder's pictures, scaled to cover and cropped at the centre; damaged ones are named and skipped."""
-    texts, text_rows = _texts(folder, [caption for _, _, caption in request.pictures], request.negative, encode)
+    texts, text_rows = _texts(
+        folder, [caption for _, _, caption in request.pictures], request.negative, encode
+    )
     count = -(-len(request.pictures) // SHARD)
     for number in progress([i for i in range(count) if not _shard_path(folder, i).exists()]):
         latents: list[Tensor] = []
@@ -251,9 +265,14 @@ def load_picture(path: Path, width: int, height: int) -> Tensor:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError):
-        raise BadInput(f"{path.name}: not a picture that can be read; give a PNG, JPEG or WebP file") from None
+        raise BadInput(
+            f"{path.name}: not a picture that can be read; give a PNG, JPEG or WebP file"
+        ) from None
     scale = max(width / image.width, height / image.height)
-    image = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.LANCZOS)
+    image = image.resize(
+        (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
+        Image.Resampling.LANCZOS,
+    )
     left, top = (image.width - width) // 2, (image.height - height) // 2
     image = image.crop((left, top, left + width, top + height))
     values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)

@@ -96,7 +96,15 @@ SMALL = Defaults(
     f"measured on the demo teacher, for networks under {SMALL_PARAMETERS // 1_000_000} M parameters",
 )
 DEMO = Defaults(
-    dict(steps=2, guidance=(1.0, 8.0), guidance_default=4.0, origin="pair", substeps=4, pictures=1024, updates=(900,)),
+    dict(
+        steps=2,
+        guidance=(1.0, 8.0),
+        guidance_default=4.0,
+        origin="pair",
+        substeps=4,
+        pictures=1024,
+        updates=(900,),
+    ),
     "the demo",
 )
 
@@ -149,7 +157,7 @@ def _default_updates(name: str, *, small: bool) -> int:
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
-    """"512" or "512x768" -> (width, height)."""
+    """ "512" or "512x768" -> (width, height)."""
     try:
         numbers = [int(part) for part in str(text).lower().split("x")]
     except ValueError:

@@ -1,0 +1,237 @@
+"""The training loop on a tiny network: exact resuming, phases, averages, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from toolkit.diffusion.errors import BadInput
+from toolkit.diffusion.guidance import smooth_features
+from toolkit.diffusion.method import Phase, Setting
+from toolkit.diffusion.schedule import NoiseSchedule
+from toolkit.methods.progressive import Config, phases
+from toolkit.training.loop import (
+    Interrupted,
+    Job,
+    LoopSettings,
+    Progress,
+    cut_back,
+    data_order,
+    lr_factor,
+    train,
+)
+from toolkit.training.networks import unet_network, zero_cond_proj
+from toolkit.training.samples import GuidanceRange, Samples
+
+SCHEDULE = NoiseSchedule.scaled_linear()
+CPU = torch.device("cpu")
+
+
+def tiny_unet(conditioned: bool = True) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(32,), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=16,
+        attention_head_dim=8, time_cond_proj_dim=256 if conditioned else None,
+    )  # fmt: skip
+    return zero_cond_proj(unet) if conditioned else unet
+
+
+def samples(count: int = 6) -> Samples:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).half()
+
+    shard = {
+        "x0": draw(count, 4, 4, 4),
+        "text": 1 + torch.arange(count) % 3,
+        "guidance": 1 + 3 * torch.rand(count, generator=generator),
+        "states": draw(count, 2, 4, 4, 4),
+    }
+    return Samples([shard], draw(4, 5, 16), state_timesteps=(999, 499))
+
+
+SETTINGS = LoopSettings(
+    updates=(4, 3), batch_size=4, micro_batch=3, lr=1e-3, warmup=1, clip=1.0, ema=0.9, seed=3, precision="fp32",
+    guidance=GuidanceRange(1, 8), trajectory_share=0.5,
+)  # fmt: skip
+
+
+def job(out: Path, **changes: object) -> tuple[Job, dict[str, dict[str, Tensor]]]:
+    students: dict[str, dict[str, Tensor]] = {}
+
+    def finished(phase: Phase, state: dict[str, Tensor]) -> None:
+        students[phase.name] = {name: value.clone() for name, value in state.items()}
+
+    values = dict(
+        phases=phases(Config(finest=2), Setting(SCHEDULE, "epsilon", 1)),
+        teacher_prediction="epsilon",
+        schedule=SCHEDULE,
+        samples=samples(),
+        new_unet=tiny_unet,
+        finished=finished,
+        look=lambda name, student, phase: None,
+        out=out,
+    )
+    out.mkdir(exist_ok=True)
+    return Job(**{**values, **changes}), students  # type: ignore[arg-type]
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_untrained_student_is_the_teacher_bit_for_bit_at_any_guidance():
+    plain, student = tiny_unet(conditioned=False), tiny_unet()
+    plain.load_state_dict({k: v for k, v in student.state_dict().items() if "cond_proj" not in k})
+    z, t = torch.randn(3, 4, 4, 4), torch.tensor([0, 500, 999])
+    cond = {"text": torch.randn(3, 5, 16)}
+    with torch.no_grad():
+        expected = unet_network(plain)(z, t, cond, None)
+        for w in (None, torch.tensor([0.0, 3.0, 14.0])):
+            assert torch.equal(unet_network(student)(z, t, cond, w), expected)
+
+
+def test_a_run_trains_every_phase_and_leaves_a_student_of_each(tmp_path):
+    work, students = job(tmp_path)
+    train(work, SETTINGS, device=CPU)
+    assert list(students) == ["guided", "fold-1"]
+    assert not equal(students["guided"], students["fold-1"])
+    projection = students["fold-1"]["time_embedding.cond_proj.weight"]
+    frozen = smooth_features() == 0
+    assert bool((projection[:, frozen] == 0).all()) and bool((projection[:, ~frozen] != 0).any())
+    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert {"time", "phase", "update", "loss", "lr", "images_per_second", "eta_seconds"} <= lines[-1].keys()
+    assert [(line["phase"], line["update"]) for line in lines] == [("guided", 4), ("fold-1", 3)]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", range(7))
+def test_a_run_stopped_anywhere_and_resumed_gives_the_same_bytes(tmp_path, at):
+    work, whole = job(tmp_path / "whole")
+    train(work, SETTINGS, device=CPU)
+
+    stops = 0
+
+    def interrupting(loss):
+        def call(**arguments):
+            nonlocal stops
+            stops += 1
+            if stops == 2 * at + 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return loss(**arguments)
+
+        return call
+
+    work, resumed = job(tmp_path / "stopped")
+    stopping = [dataclasses.replace(phase, loss=interrupting(phase.loss)) for phase in work.phases]
+    with pytest.raises(Interrupted):
+        train(dataclasses.replace(work, phases=stopping), SETTINGS, device=CPU)
+    train(work, SETTINGS, device=CPU)
+    assert equal(resumed["fold-1"], whole["fold-1"])
+
+
+@pytest.mark.parametrize("at", [0, 3, 5])
+def test_a_run_killed_without_warning_goes_on_from_its_last_state(tmp_path, at):
+    work, whole = job(tmp_path / "whole")
+    train(work, SETTINGS, device=CPU)
+
+    calls = 0
+
+    def killing(loss):
+        def call(**arguments):
+            nonlocal calls
+            calls += 1
+            if calls == 2 * at + 2:
+                raise Killed
+            return loss(**arguments)
+
+        return call
+
+    work, resumed = job(tmp_path / "killed")
+    dying = [dataclasses.replace(phase, loss=killing(phase.loss)) for phase in work.phases]
+    with pytest.raises(Killed):
+        train(
+            dataclasses.replace(work, phases=dying),
+            dataclasses.replace(SETTINGS, state_minutes=0),
+            device=CPU,
+        )
+    train(work, SETTINGS, device=CPU)
+    assert equal(resumed["fold-1"], whole["fold-1"])
+    lines = [json.loads(line) for line in (tmp_path / "killed" / "run.jsonl").read_text().splitlines()]
+    assert [(line["phase"], line["update"]) for line in lines] == [("guided", 4), ("fold-1", 3)]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path):
+    work, students = job(tmp_path)
+    calls = 0
+
+    def poisoned(loss):
+        def call(**arguments):
+            nonlocal calls
+            calls += 1
+            return loss(**arguments) * (math.nan if calls > 4 else 1)
+
+        return call
+
+    broken = [dataclasses.replace(phase, loss=poisoned(phase.loss)) for phase in work.phases]
+    with pytest.raises(BadInput, match=r"nan at update 2 of phase guided.*lower --lr"):
+        train(
+            dataclasses.replace(work, phases=broken),
+            dataclasses.replace(SETTINGS, state_minutes=0),
+            device=CPU,
+        )
+    train(work, SETTINGS, device=CPU)
+    assert list(students) == ["guided", "fold-1"]
+
+
+def test_samples_are_looked_at_with_the_averaged_weights_and_training_goes_on_unchanged(tmp_path):
+    work, undisturbed = job(tmp_path / "a")
+    train(work, SETTINGS, device=CPU)
+    names: list[str] = []
+    work, looked = job(tmp_path / "b", look=lambda name, student, phase: names.append(name))
+    train(work, dataclasses.replace(SETTINGS, sample_minutes=0), device=CPU)
+    assert names[0] == "start" and names[-1] == "fold-1" and "guided-000002" in names
+    assert equal(looked["fold-1"], undisturbed["fold-1"])
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    order = torch.cat([data_order(10, 4, update, seed=1) for update in range(5)])
+    assert sorted(order[:10].tolist()) == sorted(order[10:].tolist()) == list(range(10))
+    assert order[:10].tolist() != order[10:].tolist()
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    factors = [lr_factor(update, 100, 10) for update in range(100)]
+    assert (
+        factors[0] == pytest.approx(1 / 11) and max(factors) == 1.0 and factors[-1] == pytest.approx(1 / 90)
+    )
+
+
+def test_run_jsonl_is_cut_back_to_the_state_also_when_its_last_line_is_torn(tmp_path):
+    path = tmp_path / "run.jsonl"
+    lines = [json.dumps({"phase_index": p, "update": u}) for p, u in [(0, 10), (0, 20), (1, 10), (1, 20)]]
+    path.write_text("\n".join(lines) + '\n{"phase_in')
+    cut_back(path, Progress(1, 10))
+    assert path.read_text().splitlines() == lines[:3]
+
+
+def test_guidance_is_drawn_over_the_whole_range_with_more_at_its_low_end():
+    drawn = GuidanceRange(1, 15).draw(20_000, generator=torch.Generator().manual_seed(0))
+    assert 1 <= drawn.min() < 1.01 and 14.9 < drawn.max() <= 15
+    assert float((drawn < 4).float().mean()) == pytest.approx(
+        0.5 * 3 / 14 + 0.5 * math.log(4) / math.log(15), abs=0.02
+    )
