@@ -1,0 +1,303 @@
+"""Teacher against students in numbers: each row is one model at one guidance, step count and strength.
+
+Everything is compared from the same prompts, the same seeds and so the same noise, with the *reference*: the
+teacher with DDIM at 50 steps at the same guidance (and strength). A row "other noise" is the reference once
+more from other seeds: its distance to the reference is what is left between two sets that differ in nothing
+but chance, the floor that students are measured against. img2img starts from the reference's picture of the
+prompt before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+from torch import Tensor
+
+from ..diffusion.errors import BadInput
+from ..runtime.files import load_tensors, read_metadata, save_tensors
+from .metrics import Judge, adherence, features, frechet_distance, psnr
+from .painter import Painter
+
+log = logging.getLogger("fewstep")
+
+Row: TypeAlias = dict[str, Any]
+"""model, name, noise, sampler, steps, evaluations, guidance, strength, samples, adherence, frechet_real,
+frechet_teacher, frechet_ratio (to "other noise"), psnr_teacher (dB), seconds_per_image (sampling alone)."""
+
+REFERENCE_STEPS = 50
+SELDOM = 8
+"""Fewer samples than this give no Frechet distance."""
+
+
+@dataclass(frozen=True, eq=False)
+class Yardstick:
+    """``real``: (M, F) the judge's features of real pictures; without a judge only PSNR and time are
+    measured."""
+
+    judge: Judge | None = None
+    real: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """``prompts`` one a sample; ``seed`` of the first, the others follow; ``steps`` of the teacher's own
+    samplers."""
+
+    prompts: tuple[str, ...]
+    guidances: tuple[float, ...]
+    steps: tuple[int, ...] = ()
+    strengths: tuple[float, ...] = ()
+    seed: int = 0
+    negative: str = ""
+    reference_steps: int = REFERENCE_STEPS
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + len(self.prompts))
+
+    @property
+    def other_seeds(self) -> range:
+        return range(self.seed + 10**9, self.seed + 10**9 + len(self.prompts))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one row paints. ``steps`` None is a student's own grid."""
+
+    model: Literal["teacher", "student"]
+    name: str
+    guidance: float
+    strength: float = 1.0
+    sampler: str | None = None
+    steps: int | None = None
+    noise: Literal["same", "other"] = "same"
+
+
+class Store(Protocol):
+    """Keeps painted latents by what they depend on."""
+
+    def get(self, content: str, paint: Callable[[], tuple[Tensor, float]]) -> tuple[Tensor, float]:
+        """Latents (N, C, h, w) and the seconds that they took: kept ones, or painted now."""
+        ...
+
+
+class MemoryStore:
+    """A store for as long as it lives."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, tuple[Tensor, float]] = {}
+
+    def get(self, content: str, paint: Callable[[], tuple[Tensor, float]]) -> tuple[Tensor, float]:
+        if content not in self.kept:
+            self.kept[content] = paint()
+        return self.kept[content]
+
+
+@dataclass(frozen=True)
+class FolderStore:
+    """A store in a folder, so that an evaluation that was stopped goes on."""
+
+    folder: Path
+
+    def get(self, content: str, paint: Callable[[], tuple[Tensor, float]]) -> tuple[Tensor, float]:
+        path = self.folder / f"{hashlib.sha256(content.encode()).hexdigest()[:20]}.safetensors"
+        if path.exists():
+            return load_tensors(path)["x0"], float(read_metadata(path)["seconds"])
+        x0, seconds = paint()
+        save_tensors({"x0": x0}, {"seconds": repr(seconds)}, path)
+        return x0, seconds
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Models, samples and yardstick of one evaluation; ``students`` by file name.
+
+    ``identities`` holds what tells each model (by its name) from another of the same name, such as a file's
+    hash.
+    """
+
+    teacher: Painter
+    students: Mapping[str, Painter]
+    request: Request
+    yardstick: Yardstick
+    store: Store = field(default_factory=MemoryStore)
+    teacher_name: str = "teacher"
+    identities: Mapping[str, str] = field(default_factory=dict[str, str])
+    batch: int | None = None
+
+    def rows(self) -> Iterator[Row]:
+        """The rows, each as soon as it is measured."""
+        for guidance in self.request.guidances:
+            yield from self._group(guidance, 1.0, None)
+            for strength in self.request.strengths:
+                yield from self._group(guidance, strength, self.images_to_start_from(guidance))
+
+    def cells(self, guidance: float, strength: float) -> list[Cell]:
+        """What is compared at one guidance and strength, the reference first."""
+        reference = self.reference(guidance, strength)
+        cells = [reference]
+        if self.yardstick.judge is not None:
+            cells.append(replace(reference, noise="other"))
+        if strength == 1:
+            cells += [
+                replace(reference, sampler=sampler, steps=steps)
+                for sampler in ("ddim", "dpmpp_2m")
+                for steps in sorted(self.request.steps, reverse=True)
+                if (sampler, steps) != (reference.sampler, reference.steps)
+            ]
+        able = [name for name, student in self.students.items() if student.runs_at(guidance)]
+        return cells + [Cell("student", name, guidance, strength) for name in able]
+
+    def reference(self, guidance: float, strength: float = 1.0) -> Cell:
+        steps = self.request.reference_steps
+        return Cell("teacher", self.teacher_name, guidance, strength, sampler="ddim", steps=steps)
+
+    def latents(self, cell: Cell, x0: Tensor | None = None) -> tuple[Tensor, float]:
+        """The cell's latents (N, C, h, w) and the seconds that sampling took."""
+
+        def paint() -> tuple[Tensor, float]:
+            log.info("painting %s", _named(cell, len(self.request.prompts)))
+            painted = self._painter(cell).latents(
+                self.request.prompts,
+                seeds=self.request.seeds if cell.noise == "same" else self.request.other_seeds,
+                guidance=cell.guidance,
+                steps=cell.steps,
+                sampler=cell.sampler,
+                negative=self.request.negative if cell.model == "teacher" else None,
+                x0=x0,
+                strength=cell.strength,
+                batch=self.batch,
+            )
+            return painted.x0, painted.seconds
+
+        return self.store.get(self._content(cell), paint)
+
+    def images_to_start_from(self, guidance: float) -> Tensor:
+        """(N, C, h, w): the reference's latent of the prompt before."""
+        return self.latents(self.reference(guidance))[0].roll(1, 0)
+
+    def _content(self, cell: Cell) -> str:
+        """All that a cell's latents depend on."""
+        request = self.request
+        samples = [request.prompts, request.seed, request.negative, request.reference_steps]
+        models = [self.identities.get(name) for name in dict.fromkeys((cell.name, self.teacher_name))]
+        return json.dumps([vars(cell), samples, models], sort_keys=True)
+
+    def _painter(self, cell: Cell) -> Painter:
+        return self.teacher if cell.model == "teacher" else self.students[cell.name]
+
+    def _group(self, guidance: float, strength: float, x0: Tensor | None) -> Iterator[Row]:
+        """The rows of one guidance and strength."""
+        judge, count = self.yardstick.judge, len(self.request.prompts)
+        reference: Tensor | None = None
+        reference_features: Tensor | None = None
+        floor: float | None = None
+        for cell in self.cells(guidance, strength):
+            x0_hat, seconds = self.latents(cell, x0)
+            painter = self._painter(cell)
+            images = painter.decode(x0_hat)
+            found = None if judge is None else features(judge, images)
+            to_teacher = _distance(found, reference_features)
+            if cell.noise == "other":
+                floor = to_teacher
+            plan = painter.plan(guidance=guidance, steps=cell.steps, sampler=cell.sampler, strength=strength)
+            yield {
+                "model": cell.model,
+                "name": cell.name,
+                "noise": cell.noise,
+                "sampler": plan.sampler,
+                "steps": cell.steps if painter.spec is None else painter.spec.steps,
+                "evaluations": plan.evaluations,
+                "guidance": guidance,
+                "strength": strength,
+                "samples": count,
+                "adherence": None if judge is None else adherence(judge, images, list(self.request.prompts)),
+                "frechet_real": _distance(found, self.yardstick.real),
+                "frechet_teacher": to_teacher,
+                "frechet_ratio": None if to_teacher is None or not floor else to_teacher / floor,
+                "psnr_teacher": None if reference is None else float(psnr(images, reference).mean()),
+                "seconds_per_image": seconds / count,
+            }
+            if reference is None:
+                reference, reference_features = images, found
+
+
+def check_pair(teacher: Painter, students: Mapping[str, Painter], teacher_sha256: str) -> None:
+    """BadInput unless the students paint latents of the teacher's shape; a warning for another teacher's
+    students."""
+    for name, student in students.items():
+        if student.spec is None:
+            raise BadInput(f"{name}: this is not a student; give a file that toolkit.distill wrote")
+        if student.latent_shape() != teacher.latent_shape():
+            raise BadInput(
+                f"{name}: its latents are {student.latent_shape()}, the teacher's are "
+                f"{teacher.latent_shape()}; give the teacher that it was distilled from"
+            )
+        if student.spec.teacher_sha256 != teacher_sha256:
+            log.warning("%s was distilled from another teacher (%s)", name, student.spec.teacher_name)
+
+
+def _distance(a: Tensor | None, b: Tensor | None) -> float | None:
+    if a is None or b is None or min(len(a), len(b)) < SELDOM:
+        return None
+    return frechet_distance(a, b)
+
+
+def _named(cell: Cell, count: int) -> str:
+    parts = [f"{count} x {cell.name}", f"guidance {cell.guidance:g}"]
+    if cell.steps is not None:
+        parts.append(f"{cell.sampler} at {cell.steps} steps")
+    if cell.strength < 1:
+        parts.append(f"strength {cell.strength:g}")
+    if cell.noise == "other":
+        parts.append("other noise")
+    return ", ".join(parts)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as text in columns, for people."""
+    heads = [
+        "model",
+        "sampler",
+        "steps",
+        "evals",
+        "guidance",
+        "strength",
+        "adherence",
+        "FD real",
+        "FD teacher",
+        "ratio",
+    ]
+    heads += ["PSNR", "s/image"]
+    lines = [heads, *([_cell_texts(row) for row in rows])]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    return "\n".join(
+        "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines
+    )
+
+
+def _cell_texts(row: Row) -> list[str]:
+    def number(name: str, form: str) -> str:
+        return "-" if row[name] is None else format(row[name], form)
+
+    model = row["name"] + (", other noise" if row["noise"] == "other" else "")
+    return [
+        model,
+        row["sampler"],
+        str(row["steps"]),
+        str(row["evaluations"]),
+        number("guidance", "g"),
+        number("strength", "g"),
+        number("adherence", ".3f"),
+        number("frechet_real", ".2f"),
+        number("frechet_teacher", ".3f"),
+        number("frechet_ratio", ".2f"),
+        number("psnr_teacher", ".1f"),
+        number("seconds_per_image", ".4f"),
+    ]

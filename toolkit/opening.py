@@ -1,0 +1,62 @@
+"""How commands open a model for people: the demo's words found by themselves, the device and the precision
+chosen."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .demo import TEACHER, TOKENIZER
+from .diffusion.errors import BadInput
+from .runtime.files import sha256_of
+from .training.checkpoint import Checkpoint, open_checkpoint
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def open_for_people(
+    path: Path, *, tokenizer: Path | None = None, text_encoder: Path | None = None, vae: Path | None = None
+) -> Checkpoint:
+    """Open a teacher or student; the demo's own, which knows few words, gets the demo's tokenizer unless
+    told."""
+    opened = open_checkpoint(path, tokenizer=tokenizer, text_encoder=text_encoder, vae=vae)
+    if tokenizer is None and is_demo(opened):
+        return open_checkpoint(path, tokenizer=TOKENIZER, text_encoder=text_encoder, vae=vae)
+    return opened
+
+
+def is_demo(checkpoint: Checkpoint) -> bool:
+    """Whether this is the demo's teacher, by content, or a student of it, by the teacher's hash in its
+    spec."""
+    if not TEACHER.exists():
+        return False
+    if checkpoint.spec is not None:
+        return checkpoint.spec.teacher_sha256 == _demo_sha256()
+    path = checkpoint.path
+    return (
+        path.is_file() and path.stat().st_size == TEACHER.stat().st_size and sha256_of(path) == _demo_sha256()
+    )
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or the best one that is there; BadInput if it cannot be used."""
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise BadInput(f"device {name!r} cannot be used here; try --device cpu") from None
+
+
+def choose_dtype(precision: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of a precision's name; where none is given, fp16 on a GPU and fp32 elsewhere."""
+    return DTYPES[precision or ("fp16" if device.type == "cuda" else "fp32")]
+
+
+@cache
+def _demo_sha256() -> str:
+    return sha256_of(TEACHER)

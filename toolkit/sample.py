@@ -1,0 +1,269 @@
+"""Make pictures with a student or a teacher: ``python -m toolkit.sample --help``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CLIPTokenizer
+
+from .command import print_json, run
+from .diffusion.errors import BadInput
+from .evaluation.painter import (
+    TEACHER_SAMPLERS,
+    Painted,
+    Painter,
+    Plan,
+    check_negative,
+    check_size,
+    make_plan,
+)
+from .evaluation.pictures import save_png, to_image
+from .opening import DTYPES, choose_device, choose_dtype, open_for_people
+from .runtime.samplers import start_timestep
+from .training.checkpoint import Checkpoint
+from .training.samples import load_picture
+
+log = logging.getLogger("fewstep")
+
+EXAMPLES = """examples:
+  python -m toolkit.sample --ckpt student.safetensors --prompt "a red fox" --guidance 5 --seed 7 -o fox.png
+  python -m toolkit.sample --ckpt student.safetensors --prompt "a fox" --init-image a.png -o b.png
+  python -m toolkit.sample --ckpt model.safetensors --prompt "a fox" --sampler dpmpp_2m --steps 20 -o fox.png
+  python -m toolkit.sample --ckpt toolkit/demo/teacher.safetensors --prompt "a red star" -o star.png
+"""
+HOST_NAMES = {"ddim": "DDIM", "dpmpp_2m": "DPM++ 2M"}
+FEWSTEP = "FewStep"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    asked = _parser().parse_args(arguments)
+    if asked.out.suffix.lower() != ".png":
+        raise BadInput(f"{asked.out.name}: pictures are written as PNG; give -o a name that ends in .png")
+    if asked.strength is not None and asked.init_image is None:
+        raise BadInput("--strength says how far to leave the picture of --init-image; give that one too")
+    if not 0 <= asked.seed <= 2**63 - asked.count or asked.count < 1:
+        raise BadInput(
+            f"seed {asked.seed} and count {asked.count}: the seed must be 0 to 2^63 - 1, the count at least 1"
+        )
+    device = choose_device(asked.device)
+    checkpoint = open_for_people(
+        asked.ckpt, tokenizer=asked.tokenizer, text_encoder=asked.text_encoder, vae=asked.vae
+    )
+    plan = _checked_plan(checkpoint, asked)
+    size = _size(checkpoint, asked)
+    log.info("%s", _announcement(checkpoint, plan, asked))
+    painter = Painter.open(checkpoint, device=device, dtype=choose_dtype(asked.precision, device))
+    x0 = None
+    if asked.init_image is not None:
+        x0 = painter.encode(load_picture(asked.init_image, size[1], size[0])[None])
+    _say_what_was_cut(asked.prompt, checkpoint.tokenizer(), painter)
+    painted = _paint(painter, plan, asked, x0=x0, size=size)
+    files = _write(painter.decode(painted.x0), checkpoint, painted, asked)
+    if asked.json:
+        print_json(_answer(files, painted, asked))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m toolkit.sample",
+        description="Make pictures with a student, at its own steps and any guidance, or with a teacher.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--ckpt",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="student or teacher: a file or a diffusers folder",
+    )
+    add("--prompt", required=True, metavar="TEXT", help="what the picture shows")
+    add(
+        "--guidance",
+        type=float,
+        metavar="G",
+        help="guidance scale (cfg), 1 = unguided; default: the model's own",
+    )
+    add(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="evaluations; a student has its own number, a teacher's default is 50",
+    )
+    add("--seed", type=int, default=0, metavar="S", help="of the first picture (default 0)")
+    add("--count", type=int, default=1, metavar="N", help="pictures, with the seeds S, S + 1 ... (default 1)")
+    add("--width", type=int, help="in pixels; default: the init image's, or the model's own")
+    add("--height", type=int, help="in pixels; default: the init image's, or the model's own")
+    add("--init-image", type=Path, metavar="PNG", help="start from this picture instead of noise")
+    add(
+        "--strength",
+        type=float,
+        metavar="F",
+        help="how far to leave the init image, above 0 to 1 (default 0.5)",
+    )
+    add(
+        "--negative",
+        metavar="TEXT",
+        help="what a teacher is guided away from; a student has its own distilled in",
+    )
+    add(
+        "--sampler",
+        choices=sorted(TEACHER_SAMPLERS),
+        help="of a teacher (default ddim); a student brings its own",
+    )
+    add("--tokenizer", type=Path, metavar="DIR", help="folder with vocab.json and merges.txt")
+    add("--text-encoder", type=Path, metavar="FILE", help="for files without one")
+    add("--vae", type=Path, metavar="FILE", help="another autoencoder")
+    add("--device", help="cpu, cuda, cuda:1, mps ...; default: the best one there is")
+    add("--precision", choices=sorted(DTYPES), help="default: fp16 on a GPU, fp32 elsewhere")
+    add("--json", action="store_true", help="say on stdout, as JSON, what was made")
+    add("-o", "--out", type=Path, required=True, metavar="OUT.png", help="with --count, OUT-SEED.png each")
+    return parser
+
+
+def _checked_plan(checkpoint: Checkpoint, asked: argparse.Namespace) -> Plan:
+    """What will run; errors name the file that was asked."""
+    try:
+        if checkpoint.spec is not None:
+            check_negative(checkpoint.spec, asked.negative)
+        return make_plan(
+            checkpoint.spec,
+            checkpoint.schedule,
+            guidance=asked.guidance,
+            steps=asked.steps,
+            sampler=asked.sampler,
+            strength=_strength(asked),
+        )
+    except BadInput as error:
+        raise BadInput(f"{checkpoint.path.name}: {error}") from None
+
+
+def _strength(asked: argparse.Namespace) -> float:
+    if asked.init_image is None:
+        return 1.0
+    return 0.5 if asked.strength is None else asked.strength
+
+
+def _announcement(checkpoint: Checkpoint, plan: Plan, asked: argparse.Namespace) -> str:
+    timesteps = ", ".join(map(str, plan.timesteps[:8])) + (" ..." if len(plan.timesteps) > 8 else "")
+    guidance = "unguided (guidance 1)" if plan.guidance == 1 else f"guidance {plan.guidance:g}"
+    told = (
+        f"{checkpoint.name}: {checkpoint.kind}, {guidance}, {plan.evaluations} evaluations a picture "
+        f"at the timesteps {timesteps}"
+    )
+    start = next(iter(plan.timesteps))
+    wanted = start_timestep(_strength(asked), len(checkpoint.schedule))
+    if asked.init_image is not None and start != wanted:
+        told += f"; strength {_strength(asked):g} is timestep {wanted}, the nearest start it knows is {start}"
+    return told
+
+
+def _size(checkpoint: Checkpoint, asked: argparse.Namespace) -> tuple[int, int]:
+    """(height, width) in pixels: what was asked for, else the init image's, rounded down, else the model's
+    own."""
+    width, height = checkpoint.resolution
+    cell = checkpoint.downscale
+    if asked.init_image is not None:
+        try:
+            with Image.open(asked.init_image) as image:
+                width, height = (max(side // cell, 1) * cell for side in image.size)
+        except (OSError, UnidentifiedImageError, SyntaxError):
+            raise BadInput(
+                f"{asked.init_image.name}: not a picture that can be read; give a PNG, JPEG or WebP file"
+            ) from None
+    size = (height if asked.height is None else asked.height), (width if asked.width is None else asked.width)
+    check_size(size, cell)
+    return size
+
+
+def _say_what_was_cut(prompt: str, tokenizer: CLIPTokenizer, painter: Painter) -> None:
+    """Warn if the prompt has more tokens than the text encoder reads, its two end marks included."""
+    length = painter.texts([prompt])["text"].shape[1]
+    tokens = tokenizer(prompt, verbose=False).input_ids
+    if len(tokens) > length:
+        lost = tokenizer.decode(tokens[length - 1 : -1])
+        log.warning("the prompt is longer than the %d tokens that are read; left out: %r", length - 2, lost)
+
+
+def _paint(
+    painter: Painter, plan: Plan, asked: argparse.Namespace, *, x0: Tensor | None, size: tuple[int, int]
+) -> Painted:
+    with tqdm(unit="step", dynamic_ncols=True, disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return painter.latents(
+            [asked.prompt] * asked.count,
+            seeds=range(asked.seed, asked.seed + asked.count),
+            guidance=plan.guidance,
+            steps=asked.steps,
+            sampler=asked.sampler,
+            negative=asked.negative,
+            x0=x0,
+            strength=_strength(asked),
+            size=size,
+            progress=progress,
+        )
+
+
+def _write(images: Tensor, checkpoint: Checkpoint, painted: Painted, asked: argparse.Namespace) -> list[Path]:
+    files: list[Path] = []
+    for number, image in enumerate(images):
+        seed = asked.seed + number
+        file = (
+            asked.out
+            if asked.count == 1
+            else asked.out.with_name(f"{asked.out.stem}-{seed}{asked.out.suffix}")
+        )
+        save_png(to_image(image), file, {"parameters": _parameters(checkpoint, painted, image, asked, seed)})
+        files.append(file)
+    log.info("%s: %d written in %.1f s", asked.out.name, len(files), painted.seconds)
+    return files
+
+
+def _parameters(
+    checkpoint: Checkpoint, painted: Painted, image: Tensor, asked: argparse.Namespace, seed: int
+) -> str:
+    """The settings as A1111 writes and reads them."""
+    plan = painted.plan
+    settings = {
+        "Steps": str(asked.steps or (50 if checkpoint.spec is None else checkpoint.spec.steps)),
+        "Sampler": FEWSTEP if checkpoint.spec is not None else HOST_NAMES[plan.sampler],
+        "CFG scale": f"{plan.guidance:g}",
+        "Seed": str(seed),
+        "Size": f"{image.shape[2]}x{image.shape[1]}",
+        "Model": checkpoint.name,
+    }
+    if asked.init_image is not None:
+        settings["Denoising strength"] = f"{_strength(asked):g}"
+    settings["FewStep timesteps"] = " ".join(map(str, plan.timesteps))
+    negative = checkpoint.spec.negative if checkpoint.spec is not None else asked.negative
+    lines = [asked.prompt, *([f"Negative prompt: {negative}"] if negative else [])]
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items())])
+
+
+def _answer(files: Sequence[Path], painted: Painted, asked: argparse.Namespace) -> dict[str, object]:
+    plan = painted.plan
+    return {
+        "pictures": [{"file": str(file), "seed": asked.seed + number} for number, file in enumerate(files)],
+        "sampler": plan.sampler,
+        "guidance": plan.guidance,
+        "steps": len(plan.timesteps),
+        "timesteps": plan.timesteps,
+        "evaluations": plan.evaluations,
+        "strength": _strength(asked),
+        "seconds_per_image": painted.seconds / len(files),
+    }
+
+
+if __name__ == "__main__":
+    run(main)
