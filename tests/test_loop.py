@@ -1,4 +1,6 @@
-"""The training loop on a tiny network: exact resuming, phases, averages, and what it says when something is wrong."""
+"""The training loop on a tiny network: exact resuming, phases, averages, and what it says when something is
+wrong.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,14 @@
-"""How a run is put together: the teacher opened, settings settled, the cost planned, data made, the report written."""
+"""How a run is put together: the teacher opened, settings settled, the cost planned, data made, the report
+written.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,27 +20,28 @@ from tqdm import tqdm
 
 from . import __version__
 from .demo import TEACHER, TOKENIZER
+from .demo.drawings import draw
 from .demo.drawings import prompts as demo_prompts
 from .demo.judge import load_judge
 from .diffusion.denoiser import NetworkDenoiser
 from .diffusion.errors import BadInput
 from .diffusion.method import Phase, Setting
 from .diffusion.spec import StudentSpec
+from .evaluation.evaluate import Yardstick
 from .evaluation.painter import Painter, cached_texts
 from .evaluation.pictures import grid, save_png
-from .evaluation.report import write_report
-from .evaluation.showcase import showcase
+from .evaluation.report import command_line, write_report
+from .evaluation.showcase import Showcase, showcase
 from .methods import find_methods, options_of
 from .opening import open_for_people
 from .runtime.files import atomic_path
 from .training.checkpoint import Checkpoint, save_student
 from .training.layout import UNET_PREFIX
 from .training.loop import DTYPES, Job, LoopSettings, train
-from .training.networks import denoiser, encode_images, encode_texts
+from .training.networks import denoiser, encode_images, encode_texts, place
 from .training.plan import Plan, make_plan, measure
 from .training.prompts import built_in_prompts, read_prompts
 from .training.samples import (
-    TEACHER_STEPS,
     GuidanceRange,
     ImageFolderRequest,
     Samples,
@@ -52,6 +57,9 @@ log = logging.getLogger("fewstep")
 LOOK_PICTURES = 8
 """Pictures a row of the sample grids."""
 
+DEMO_SAMPLES = 256
+"""Pictures of each model that the demo's report measures."""
+
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
@@ -63,13 +71,16 @@ class Teacher:
     @classmethod
     def open(cls, values: Mapping[str, Any]) -> Teacher:
         if values.get("demo"):
-            path, tokenizer = TEACHER, str(TOKENIZER)
+            path, tokenizer = TEACHER, TOKENIZER
         elif values.get("ckpt"):
-            path, tokenizer = Path(values["ckpt"]), values.get("tokenizer")
+            path, tokenizer = Path(values["ckpt"]), _path(values.get("tokenizer"))
         else:
             raise BadInput("no teacher named; give --ckpt model.safetensors, or --demo for the embedded one")
         checkpoint = open_for_people(
-            path, tokenizer=tokenizer, text_encoder=values.get("text_encoder"), vae=values.get("vae")
+            path,
+            tokenizer=tokenizer,
+            text_encoder=_path(values.get("text_encoder")),
+            vae=_path(values.get("vae")),
         )
         if checkpoint.kind != "teacher":
             raise BadInput(
@@ -106,6 +117,8 @@ def settle(
     default("device", "cuda" if torch.cuda.is_available() else "cpu", "what this machine has")
     on_gpu = not values["device"].startswith("cpu")
     default("precision", "bf16" if on_gpu and not small else "fp32", "the device and the network's size")
+    slow = not small and not on_gpu
+    default("report_prompts", 0 if slow else 6, "the device and the network's size")
     default("resolution", "{}x{}".format(*teacher.checkpoint.resolution), "the teacher's own")
     name = "demo" if demo else teacher.checkpoint.name
     default(
@@ -116,10 +129,13 @@ def settle(
     for optional in ("ckpt", "data", "prompts", "tokenizer", "text_encoder", "vae"):
         values.setdefault(optional, None)
     values.update(demo=demo, guidance=tuple(values["guidance"]))
-    options = {o.name: values.pop(o.name, o.default) for o in options_of(find_methods()[values["method"]])}
+    options: dict[str, Any] = {
+        o.name: values.pop(o.name, o.default) for o in options_of(find_methods()[values["method"]])
+    }
     names = {f.name for f in dataclasses.fields(Settings)}
     draft = {name: value for name, value in values.items() if name in names}
-    settings = Settings(**{"updates": (), **draft, "method_config": options})
+    draft.update(updates=(), method_config=options)
+    settings = Settings(**draft)
     _check(settings, teacher)
     phases = phases_of(settings, teacher.checkpoint)
     updates = phase_updates(values.get("updates"), [phase.name for phase in phases], small=small)
@@ -216,6 +232,7 @@ def _request(settings: Settings, teacher: Teacher) -> TeacherSampleRequest | Ima
 def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> Plan:
     """Measure the network briefly and add up what the run will cost."""
     request = _request(settings, teacher)
+    _require_parts(teacher.checkpoint)
     unet = teacher.checkpoint.unet(conditioned=True)
     text_config = teacher.checkpoint.config("text_encoder")
     costs = measure(
@@ -226,14 +243,13 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
         device=torch.device(settings.device),
         precision=settings.precision,
     )
-    own = isinstance(request, TeacherSampleRequest)
     folder = request.folder(Path(settings.cache_dir))
     return make_plan(
         phases,
         _loop_settings(settings),
         costs,
-        sample_evaluations=2 * TEACHER_STEPS * request.count if own and not folder.exists() else 0,
-        sample_bytes=request.bytes,
+        sample_evaluations=request.evaluations if not folder.exists() else 0,
+        sample_bytes=request.bytes(_latent_shape(settings, teacher)),
         student_bytes=teacher.parameters * DTYPES[settings.dtype].itemsize
         + sum(t.nbytes for t in teacher.checkpoint.carried().values()),
         files=[
@@ -248,12 +264,19 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
     )
 
 
+def _require_parts(checkpoint: Checkpoint) -> None:
+    """BadInput now, before anything is written, for a damaged part or a missing vocabulary."""
+    checkpoint.tokenizer()
+    checkpoint.text_encoder()
+    checkpoint.vae()
+
+
 def _make_samples(settings: Settings, teacher: Teacher) -> Samples:
     """The run's data, from the cache where it is there already; the encoders are let go of afterwards."""
     checkpoint, device = teacher.checkpoint, torch.device(settings.device)
     request = _request(settings, teacher)
     folder = request.folder(Path(settings.cache_dir))
-    text_encoder = checkpoint.text_encoder().to(device).eval()
+    text_encoder = place(checkpoint.text_encoder(), device).eval()
 
     def encode(texts: Sequence[str]) -> Tensor:
         return encode_texts(texts, tokenizer=checkpoint.tokenizer(), text_encoder=text_encoder)
@@ -262,7 +285,7 @@ def _make_samples(settings: Settings, teacher: Teacher) -> Samples:
         return tqdm(shards, desc="pictures", unit="shard", dynamic_ncols=True)
 
     if isinstance(request, ImageFolderRequest):
-        vae = checkpoint.vae().to(device).eval()
+        vae = place(checkpoint.vae(), device).eval()
         return make_image_samples(
             request,
             folder,
@@ -271,7 +294,7 @@ def _make_samples(settings: Settings, teacher: Teacher) -> Samples:
             encode=encode,
             progress=progress,
         )
-    unet = checkpoint.unet(dtype=DTYPES[settings.precision]).to(device).eval().requires_grad_(False)
+    unet = place(checkpoint.unet(dtype=DTYPES[settings.precision]), device).eval().requires_grad_(False)
     return make_teacher_samples(
         request,
         folder,
@@ -342,7 +365,7 @@ def _looker(settings: Settings, teacher: Teacher) -> Callable[[str, NetworkDenoi
     def look(name: str, student: NetworkDenoiser, phase: Phase) -> None:
         painter = Painter(
             denoiser=student,
-            vae=checkpoint.vae().to(settings.device).eval(),
+            vae=place(checkpoint.vae(), settings.device).eval(),
             texts=cached_texts(prompts, texts),
             schedule=checkpoint.schedule,
             size=(settings.size[1], settings.size[0]),
@@ -360,3 +383,73 @@ def _prompts(settings: Settings, count: int, *, seed: int) -> list[str]:
     if settings.prompts:
         return read_prompts(Path(settings.prompts))[:count]
     return (demo_prompts if settings.demo else built_in_prompts)(count, seed=seed)
+
+
+def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> str | None:
+    """Write report.html and answer with its verdict; without pictures where each would take too long."""
+    out = Path(settings.out)
+    shown = Showcase((), (), None)
+    if settings.report_prompts:
+        shown = _showcase(settings, phases, teacher)
+    curves = [json.loads(line) for line in (out / "run.jsonl").read_text(encoding="utf-8").splitlines()]
+    low, high = settings.guidance
+    facts = {
+        "teacher": f"{teacher.checkpoint.name}, SHA-256 {teacher.checkpoint.sha256[:12]}",
+        "student": f"{settings.steps} evaluations a picture, predicts {phases[-1].prediction_type}",
+        "guidance": f"{low:g} to {high:g}, {settings.guidance_default:g} by default",
+        "method": f"{settings.method}: " + ", ".join(f"{k} {v}" for k, v in settings.method_config.items()),
+        "data": (settings.data and "pictures of a folder")
+        or f"{settings.pictures} pictures of the teacher's own",
+        "training": f"batch {settings.batch_size}, lr {settings.lr:g}, updates {settings.updates}, seed {settings.seed}",
+        "computed in": f"{settings.precision} on {settings.device}",
+    }
+    write_report(
+        out / "report.html",
+        title=f"{teacher.checkpoint.name} in {settings.steps} step{'s' if settings.steps > 1 else ''}",
+        facts=facts,
+        pictures=shown.pictures,
+        rows=shown.rows,
+        curves=curves,
+        command=command_line("toolkit.distill", sys.argv[1:]),
+        verdict=shown.verdict,
+    )
+    for number, (_, image) in enumerate(shown.pictures, 1):
+        save_png(image, out / "samples" / f"report-{number}.png")
+    return shown.verdict
+
+
+def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> Showcase:
+    """Teacher and students side by side; the demo's are measured by its judge too."""
+    counts = {len(phase.grid) for phase in phases}
+    if teacher.parameters >= SMALL_PARAMETERS:
+        counts = {settings.steps}
+    dtype = DTYPES[settings.precision]
+
+    def painter(path: Path) -> Painter:
+        opened = open_for_people(path, tokenizer=_path(settings.tokenizer))
+        return Painter.open(opened, device=settings.device, dtype=dtype)
+
+    folder = Path(settings.out) / "students"
+    seed = settings.seed + 2
+    return showcase(
+        Painter.open(teacher.checkpoint, device=settings.device, dtype=dtype),
+        {count: painter(folder / f"{count}.safetensors") for count in counts},
+        prompts=_prompts(settings, settings.report_prompts, seed=seed),
+        sample_prompts=demo_prompts(DEMO_SAMPLES, seed=seed) if settings.demo else (),
+        yardstick=_yardstick(seed) if settings.demo else None,
+        guidance=settings.guidance_default,
+        negative=settings.negative,
+        seed=seed,
+    )
+
+
+def _yardstick(seed: int) -> Yardstick:
+    """The demo's judge, and its features of real drawings."""
+    judge = load_judge()
+    pictures, _ = draw(4 * DEMO_SAMPLES, seed=seed)
+    with torch.no_grad():
+        return Yardstick(judge, judge.features(pictures))
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)

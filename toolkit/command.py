@@ -15,7 +15,9 @@ DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's main and exit: 0 done, 2 bad input (one sentence on stderr), 130 interrupted, resumable."""
+    """Run a command's main and exit: 0 done, 2 bad input (one sentence on stderr), 130 interrupted,
+    resumable.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:

@@ -13,7 +13,9 @@ from .prediction import PredictionType, prediction_from_velocity, velocity_from,
 from .schedule import NoiseSchedule, alpha, like
 
 Cond: TypeAlias = Mapping[str, Tensor]
-"""Opaque conditioning: named tensors, each with the batch first ("text": (B, T, C), later "pooled", "concat")."""
+"""Opaque conditioning: named tensors, each with the batch first ("text": (B, T, C), later "pooled",
+"concat").
+"""
 
 Network: TypeAlias = Callable[[Tensor, Tensor, Cond, Tensor | None], Tensor]
 """``(z, timestep (B,), cond, w (B,) or None) -> prediction`` at unit variance."""

@@ -14,8 +14,8 @@ W_SCALE = 1000.0
 def w_embedding(w: Tensor, *, dim: int = W_DIM, scale: float = W_SCALE) -> Tensor:
     """(B, dim) float32 sinusoid of w (B,): ``[sin(scale w f), cos(scale w f)]``, f from 1 down to 1e-4.
 
-    diffusers' convention (``get_guidance_scale_embedding``), for interchange. float32 whatever w's dtype: in bf16
-    the argument 1000 w would be wrong by whole radians.
+    diffusers' convention (``get_guidance_scale_embedding``), for interchange. float32 whatever w's dtype: in
+    bf16 the argument 1000 w would be wrong by whole radians.
     """
     return torch.cat(
         [torch.sin(a := scale * w.float()[:, None] * w_frequencies(dim, w.device)), torch.cos(a)], dim=1

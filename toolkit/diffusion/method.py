@@ -35,8 +35,9 @@ class Batch:
     def start(self, timestep: Tensor, *, schedule: NoiseSchedule, generator: torch.Generator) -> Tensor:
         """x at the timesteps (B,): ``x0 + sigma eps``, or the kept trajectory's point where there is one.
 
-        Of the noised rows at the very top, half are pure noise: sampling starts there, although the top of the
-        schedule still holds a trace of the picture (alpha 0.068 in Stable Diffusion). Noise is drawn on the CPU.
+        Of the noised rows at the very top, half are pure noise: sampling starts there, although the top of
+        the schedule still holds a trace of the picture (alpha 0.068 in Stable Diffusion). Noise is drawn on
+        the CPU.
         """
         noise = torch.randn(self.x0.shape, generator=generator).to(self.x0.device)
         sigma = schedule.sigma(timestep).float()
@@ -65,9 +66,9 @@ class Loss(Protocol):
 class Phase:
     """One training phase; its finished student walks ``grid``.
 
-    ``teacher`` says who is imitated: "pair" is the original teacher with classifier-free guidance, "previous" the
-    student of the phase before. ``teacher_evaluations`` counts network evaluations of the teacher a sample and
-    update (the pair counts two an evaluation of the guided denoiser).
+    ``teacher`` says who is imitated: "pair" is the original teacher with classifier-free guidance, "previous"
+    the student of the phase before. ``teacher_evaluations`` counts network evaluations of the teacher a
+    sample and update (the pair counts two an evaluation of the guided denoiser).
     """
 
     name: str
@@ -112,7 +113,8 @@ def truncated_snr_weight(sigma: Tensor) -> Tensor:
 def draw_timesteps(
     entries: Sequence[int], batch: int, *, inside: float, low: int = 0, generator: torch.Generator
 ) -> Tensor:
-    """(B,) training timesteps: grid entries, each equally often; a share ``inside`` uniform over low .. T-1 instead.
+    """(B,) training timesteps: grid entries, each equally often; a share ``inside`` uniform over low .. T-1
+    instead.
 
     The second kind starts inside the grid's cells, as img2img, hires fix and detailers do.
     """

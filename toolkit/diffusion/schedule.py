@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 LAST_ALPHA_CUMPROD = 4.8973451890853435e-08
-"""Stands for the zero of a zero-terminal-SNR schedule, as in ComfyUI: sigma about 4519 instead of infinity."""
+"""Stands for the zero of a zero-terminal-SNR schedule, as in ComfyUI: sigma about 4519 instead of
+infinity.
+"""
 
 CLEAN = -1
 """The timestep of noise-free data."""
@@ -34,7 +36,9 @@ class NoiseSchedule:
         return cls(torch.cumprod(1 - betas, dim=0))
 
     def zero_terminal_snr(self) -> NoiseSchedule:
-        """Shift and scale sqrt(alphas_cumprod) so that the last is 0 (Lin et al. 2023, algorithm 1), then clamp it."""
+        """Shift and scale sqrt(alphas_cumprod) so that the last is 0 (Lin et al. 2023, algorithm 1), then
+        clamp it.
+        """
         root = self.alphas_cumprod.sqrt()
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])
         return NoiseSchedule((root**2).clamp(min=LAST_ALPHA_CUMPROD))

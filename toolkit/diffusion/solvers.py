@@ -6,6 +6,7 @@ In sigma-space DDIM with eta 0 (Song et al. 2021) is an Euler step. The clean en
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,17 +22,18 @@ def euler_step(x: Tensor, x0: Tensor, sigma_t: Tensor, sigma_s: Tensor) -> Tenso
 
 def roll(denoiser: Denoiser, x: Tensor, sigmas: Sequence[Tensor], *, cond: Cond, w: Tensor | None) -> Tensor:
     """x after Euler steps through the noise levels ``sigmas``, each (B,); one evaluation a step."""
-    for sigma_t, sigma_s in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma_t, sigma_s in pairwise(sigmas):
         x = euler_step(x, denoiser(x, sigma_t, cond=cond, w=w), sigma_t, sigma_s)
     return x
 
 
 def chord_velocity(x_t: Tensor, x_s: Tensor, sigma_t: Tensor, sigma_s: Tensor) -> Tensor:
-    """The velocity at x_t with which ONE Euler step from sigma_t lands on x_s (progressive distillation's target).
+    """The velocity at x_t with which ONE Euler step from sigma_t lands on x_s (progressive distillation's
+    target).
 
-    ``v = (cos d z_t - z_s) / sin d`` with ``z = alpha x``, ``sin d = alpha_t alpha_s (sigma_t - sigma_s)`` and
-    ``cos d = alpha_t alpha_s (1 + sigma_t sigma_s)`` (Salimans & Ho 2022, appendix D, solved for v): no division
-    by alpha or sigma, so it holds at both ends. Levels (B,); sigma_t != sigma_s.
+    ``v = (cos d z_t - z_s) / sin d`` with ``z = alpha x``, ``sin d = alpha_t alpha_s (sigma_t - sigma_s)``
+    and ``cos d = alpha_t alpha_s (1 + sigma_t sigma_s)`` (Salimans & Ho 2022, appendix D, solved for v): no
+    division by alpha or sigma, so it holds at both ends. Levels (B,); sigma_t != sigma_s.
     """
     a_t = alpha(sigma_t)
     weight_t = a_t * (1 + sigma_t * sigma_s) / (sigma_t - sigma_s)
@@ -40,5 +42,7 @@ def chord_velocity(x_t: Tensor, x_s: Tensor, sigma_t: Tensor, sigma_s: Tensor) -
 
 
 def start_noise(noise: Tensor, sigma: Tensor) -> Tensor:
-    """Pure noise at the top of the schedule, ``x = eps sqrt(1 + sigma^2)``: unit-variance z, as hosts start."""
+    """Pure noise at the top of the schedule, ``x = eps sqrt(1 + sigma^2)``: unit-variance z, as hosts
+    start.
+    """
     return noise / like(alpha(sigma), noise)

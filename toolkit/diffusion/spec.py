@@ -1,4 +1,6 @@
-"""StudentSpec: all that a host must know of a student, as JSON in its file's metadata (key ``fewstep.spec``)."""
+"""StudentSpec: all that a host must know of a student, as JSON in its file's metadata (key
+``fewstep.spec``).
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Distillation methods, one file each, found by scanning this folder.
 
-A method's module has: a docstring whose first line is the help text; a frozen dataclass ``Config`` whose fields are
-its command-line options (default, and ``metadata["help"]``); and ``phases(config, setting) -> tuple[Phase, ...]``.
+A method's module has: a docstring whose first line is the help text; a frozen dataclass ``Config`` whose
+fields are its command-line options (default, and ``metadata["help"]``); and ``phases(config, setting) ->
+tuple[Phase, ...]``.
 """
 
 from __future__ import annotations

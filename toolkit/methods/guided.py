@@ -1,9 +1,10 @@
 """One network that takes the guidance weight as an input and matches the guided pair.
 
-Meng et al. 2023, "On Distillation of Guided Diffusion Models", stage 1 (algorithm 1): the student with input w learns
-``v_c + w (v_c - v_u)`` of the teacher at every timestep. The student starts as the conditional teacher, with a zero
-projection of w. Convention: the error is that of the network's own output ("natural" weight), which for an epsilon
-teacher was measured to beat the velocity by far (methods with few steps convert later).
+Meng et al. 2023, "On Distillation of Guided Diffusion Models", stage 1 (algorithm 1): the student with input
+w learns ``v_c + w (v_c - v_u)`` of the teacher at every timestep. The student starts as the conditional
+teacher, with a zero projection of w. Convention: the error is that of the network's own output ("natural"
+weight), which for an epsilon teacher was measured to beat the velocity by far (methods with few steps convert
+later).
 """
 
 from __future__ import annotations

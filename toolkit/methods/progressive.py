@@ -1,12 +1,12 @@
 """Progressive distillation with a guidance input: two teacher steps become one, again and again.
 
-Meng et al. 2023, stage 2 (algorithm 2), after Salimans & Ho 2022. The student of N steps answers, at each entry of its
-grid, with the velocity whose single step lands where the teacher's steps landed (``chord_velocity``); the same w goes
-into every teacher step. Weight: truncated SNR, max(SNR, 1) on x0. Convention: trailing grids, the last step lands on
-exactly clean.
+Meng et al. 2023, stage 2 (algorithm 2), after Salimans & Ho 2022. The student of N steps answers, at each
+entry of its grid, with the velocity whose single step lands where the teacher's steps landed
+(``chord_velocity``); the same w goes into every teacher step. Weight: truncated SNR, max(SNR, 1) on x0.
+Convention: trailing grids, the last step lands on exactly clean.
 
-``origin`` says who is imitated first: "guided" runs stage 1 and halves from ``finest`` steps; "pair" skips both and
-makes one fold straight from the guided pair, ``substeps`` teacher steps into one.
+``origin`` says who is imitated first: "guided" runs stage 1 and halves from ``finest`` steps; "pair" skips
+both and makes one fold straight from the guided pair, ``substeps`` teacher steps into one.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class FoldLoss:
     def teacher_path(self, timestep: Tensor) -> list[Tensor]:
         """substeps + 1 timesteps, each (B,), from the start to the lower end of its cell.
 
-        From a grid entry these are the teacher's own entries. A start inside a cell waits (a step of length 0) in
-        place of the entries above it.
+        From a grid entry these are the teacher's own entries. A start inside a cell waits (a step of length
+        0) in place of the entries above it.
         """
         finer = torch.tensor([*self.finer.timesteps, CLEAN], device=timestep.device)
         first = self.grid.cell(timestep) * self.substeps

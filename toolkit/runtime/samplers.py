@@ -1,8 +1,9 @@
 """Samplers in sigma-space, with k-diffusion's signature, for every host.
 
-``sample_*(model, x, sigmas, extra_args=None, callback=None, disable=None)``: ``model(x, sigma * ones(B), **extra_args)``
-answers with x0; ``sigmas`` is descending, on the CPU or x's device; ``callback`` gets a dict with x, i, sigma,
-sigma_hat and denoised after each evaluation. ``disable`` (a progress bar switch) is accepted and unused.
+``sample_*(model, x, sigmas, extra_args=None, callback=None, disable=None)``: ``model(x, sigma * ones(B),
+**extra_args)`` answers with x0; ``sigmas`` is descending, on the CPU or x's device; ``callback`` gets a dict
+with x, i, sigma, sigma_hat and denoised after each evaluation. ``disable`` (a progress bar switch) is
+accepted and unused.
 """
 
 from __future__ import annotations
@@ -94,14 +95,15 @@ def walk(
 ) -> Tensor:
     """Descending float64 sigmas to walk from ``start_sigma`` (None: the first entry) to ``end_sigma``.
 
-    Evaluations at the start and at the trained ``timesteps`` strictly below it; the last sigma is ``end_sigma``.
-    Without ``any_start`` the start snaps to the nearest trained entry (on the logarithmic scale). This is the one
-    rule for img2img, hires fix and detailers in every host.
+    Evaluations at the start and at the trained ``timesteps`` strictly below it; the last sigma is
+    ``end_sigma``. Without ``any_start`` the start snaps to the nearest trained entry (on the logarithmic
+    scale). This is the one rule for img2img, hires fix and detailers in every host.
     """
     trained = schedule.sigma(torch.tensor(list(timesteps))).tolist()
     start = trained[0] if start_sigma is None else start_sigma
     if not any_start:
-        start = min(trained, key=lambda sigma: abs(math.log(sigma / start)))
+        distances = [abs(math.log(sigma / start)) for sigma in trained]
+        start = trained[distances.index(min(distances))]
     same = 1 + 1e-4
     inner = [sigma for sigma in trained if end_sigma * same < sigma and sigma * same < start]
     return torch.tensor([start, *inner, end_sigma], dtype=torch.float64)
@@ -115,7 +117,9 @@ def strength_sigma(strength: float, schedule: NoiseSchedule) -> float | None:
 
 
 def initial_latent(shape: Sequence[int], *, seed: int, sigma: float, x0: Tensor | None = None) -> Tensor:
-    """x (B, C, H, W) float32 on the CPU to start from: pure noise, or with a picture's latent ``x0 + sigma eps``."""
+    """x (B, C, H, W) float32 on the CPU to start from: pure noise, or with a picture's latent ``x0 + sigma
+    eps``.
+    """
     noise = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
     if x0 is not None:
         return x0.float().cpu() + sigma * noise

@@ -1,7 +1,9 @@
-"""The training loop: phases of a method, each ending in a student file; killed at any moment, it goes on exactly.
+"""The training loop: phases of a method, each ending in a student file; killed at any moment, it goes on
+exactly.
 
-All random numbers of an update come from a generator seeded by (seed, phase, update), and the order of the data from
-(seed, phase, epoch). So the state to keep is small: weights, their average, the optimiser and where the run stands.
+All random numbers of an update come from a generator seeded by (seed, phase, update), and the order of the
+data from (seed, phase, epoch). So the state to keep is small: weights, their average, the optimiser and where
+the run stands.
 """
 
 from __future__ import annotations
@@ -12,12 +14,12 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -32,7 +34,7 @@ from ..diffusion.method import Phase
 from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import NoiseSchedule
 from ..runtime.files import atomic_path
-from .networks import denoiser
+from .networks import denoiser, place
 from .samples import GuidanceRange, Samples, draw_batch
 
 log = logging.getLogger("fewstep")
@@ -45,7 +47,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """The resolved numbers of a run; ``updates`` one a phase, ``state_minutes`` and ``sample_minutes`` wall-clock."""
+    """The resolved numbers of a run; ``updates`` one a phase, ``state_minutes`` and ``sample_minutes``
+    wall-clock.
+    """
 
     updates: tuple[int, ...]
     batch_size: int
@@ -66,8 +70,9 @@ class LoopSettings:
 class Job:
     """What the loop works on, and whom it tells.
 
-    ``new_unet()`` gives the teacher's network with a zero-initialised guidance input, in float32. ``finished`` writes
-    a phase's student from its averaged weights; ``look`` is shown the current student for sample pictures.
+    ``new_unet()`` gives the teacher's network with a zero-initialised guidance input, in float32.
+    ``finished`` writes a phase's student from its averaged weights; ``look`` is shown the current student for
+    sample pictures.
     """
 
     phases: Sequence[Phase]
@@ -128,7 +133,7 @@ def train(job: Job, settings: LoopSettings, *, device: torch.device) -> None:
 
 
 def _look_at_start(job: Job, device: torch.device) -> None:
-    unet = job.new_unet().to(device).eval()
+    unet = place(job.new_unet(), device).eval()
     student = denoiser(unet, schedule=job.schedule, prediction_type=job.teacher_prediction)
     job.look("start", student, job.phases[0])
 
@@ -153,11 +158,10 @@ class PhaseTrainer:
         self.unet = job.new_unet()
         if previous is not None:
             self.unet.load_state_dict(previous)
-        self.unet = self.unet.to(device).train()
+        self.unet = place(self.unet, device).train()
         if sum(p.numel() for p in self.unet.parameters()) > CHECKPOINT_GRADIENTS_ABOVE:
             self.unet.enable_gradient_checkpointing()
-        mask = smooth_features().to(device)
-        self.unet.time_embedding.cond_proj.weight.register_hook(lambda grad: grad * mask)
+        freeze_fast_features(self.unet, device)
         self.average = {name: value.detach().clone() for name, value in self.unet.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0
@@ -171,7 +175,7 @@ class PhaseTrainer:
         if self.phase.teacher == "previous" and previous is not None:
             teacher.load_state_dict(previous)
             prediction = self.job.phases[self.index - 1].prediction_type
-        teacher = teacher.to(self.device, DTYPES[self.settings.precision]).eval().requires_grad_(False)
+        teacher = place(teacher, self.device, DTYPES[self.settings.precision]).eval().requires_grad_(False)
         return denoiser(teacher, schedule=self.job.schedule, prediction_type=prediction)
 
     def run(self, bar: tqdm[Any], stop: StopFlag) -> None:
@@ -294,8 +298,18 @@ class PhaseTrainer:
         self.unet.load_state_dict(saved["student"])
         self.average = {name: value.to(self.device) for name, value in saved["average"].items()}
         self.optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"] is not None:
+        if saved["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
+
+
+def freeze_fast_features(unet: UNet2DConditionModel, device: torch.device) -> None:
+    """Keep the projection's columns of fast features of w at zero (see ``smooth_features``)."""
+    mask = smooth_features().to(device)
+
+    def hook(gradient: Tensor) -> Tensor:
+        return gradient * mask
+
+    unet.get_parameter("time_embedding.cond_proj.weight").register_hook(hook)
 
 
 def derived_seed(*numbers: int) -> int:
@@ -304,7 +318,9 @@ def derived_seed(*numbers: int) -> int:
 
 
 def data_order(samples: int, batch: int, update: int, *, seed: int) -> Tensor:
-    """(batch,) sample numbers of an update: every epoch is a permutation of its own, taken one after the other."""
+    """(batch,) sample numbers of an update: every epoch is a permutation of its own, taken one after the
+    other.
+    """
     positions = torch.arange(update * batch, (update + 1) * batch)
     epochs = positions // samples
     orders = {
@@ -335,7 +351,9 @@ def load_state(path: Path) -> dict[str, Any] | None:
 
 
 def cut_back(path: Path, progress: Progress) -> None:
-    """Drop the lines of run.jsonl that lie after the state, so that a resumed run does not tell them twice."""
+    """Drop the lines of run.jsonl that lie after the state, so that a resumed run does not tell them
+    twice.
+    """
     if not path.exists():
         return
     kept: list[str] = []
@@ -356,7 +374,7 @@ class StopFlag:
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopFlag]:
+def stop_requests() -> Generator[StopFlag]:
     """Ctrl+C and SIGTERM ask for a stop at the next update; a second Ctrl+C stops at once."""
     flag = StopFlag()
 

@@ -1,8 +1,11 @@
-"""diffusers' modules wrapped as the house speaks of them: denoiser, text conditioning, pictures and latents."""
+"""diffusers' modules wrapped as the house speaks of them: denoiser, text conditioning, pictures and
+latents.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -16,7 +19,9 @@ from ..diffusion.schedule import NoiseSchedule
 
 
 def unet_network(unet: torch.nn.Module) -> Network:
-    """A UNet2DConditionModel (or a wrapper of one) as a network; w None runs without the guidance input's shift."""
+    """A UNet2DConditionModel (or a wrapper of one) as a network; w None runs without the guidance input's
+    shift.
+    """
 
     def call(z: Tensor, timestep: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
         dtype = next(unet.parameters()).dtype
@@ -34,6 +39,14 @@ def denoiser(
     return NetworkDenoiser(unet_network(unet), schedule, prediction_type)
 
 
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+def place(module: Module, device: torch.device | str, dtype: torch.dtype | None = None) -> Module:
+    """The module moved to a device, and cast where a dtype is given."""
+    return torch.nn.Module.to(module, device=device, dtype=dtype)
+
+
 def zero_cond_proj(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """Zero the projection of w, so that the untrained student is the conditional teacher."""
     torch.nn.init.zeros_(unet.time_embedding.cond_proj.weight)
@@ -44,7 +57,9 @@ def zero_cond_proj(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 def encode_texts(
     prompts: Sequence[str], *, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, batch: int = 64
 ) -> Tensor:
-    """(N, T, C) float32: the last hidden states of the prompts, cut at the encoder's length T (77 in CLIP)."""
+    """(N, T, C) float32: the last hidden states of the prompts, cut at the encoder's length T (77 in
+    CLIP).
+    """
     length = text_encoder.config.max_position_embeddings
     device = text_encoder.device
     rows: list[Tensor] = []
@@ -62,7 +77,9 @@ def encode_texts(
 
 @torch.no_grad()
 def encode_images(images: Tensor, vae: AutoencoderKL, *, batch: int = 16) -> Tensor:
-    """Images (N, 3, H, W) in [0, 1] -> scaled latents x0 (N, C, h, w) float32 on the CPU (the posterior's mean)."""
+    """Images (N, 3, H, W) in [0, 1] -> scaled latents x0 (N, C, h, w) float32 on the CPU (the posterior's
+    mean).
+    """
     parts = [
         vae.encode((part * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mean.float().cpu()
         for part in images.split(batch)

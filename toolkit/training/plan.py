@@ -1,7 +1,7 @@
 """What a run will cost, before it starts: updates, network evaluations, memory, disk and time.
 
-Times come from a few real forwards and one training step on the teacher's own network and shapes; memory from the
-sizes of the weights and the tensors that the backward pass keeps.
+Times come from a few real forwards and one training step on the teacher's own network and shapes; memory from
+the sizes of the weights and the tensors that the backward pass keeps.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from torch import Tensor
 from ..diffusion.errors import BadInput
 from ..diffusion.method import Phase
 from .loop import CHECKPOINT_GRADIENTS_ABOVE, DTYPES, LoopSettings
-from .networks import unet_network
+from .networks import place, unet_network
 
 GIB = 1024**3
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured: seconds a picture of one evaluation and of one training step, and bytes kept for the backward pass."""
+    """Measured: seconds a picture of one evaluation and of one training step, and bytes kept for the backward
+    pass.
+    """
 
     parameters: int
     evaluation_seconds: float
@@ -107,7 +109,7 @@ def measure(
         {"text": torch.randn((batch, *text), generator=generator).to(device)},
         torch.zeros(batch, device=device),
     )
-    network = unet_network(unet.to(device))
+    network = unet_network(place(unet, device))
     checkpointed = sum(p.numel() for p in unet.parameters()) > CHECKPOINT_GRADIENTS_ABOVE
     if checkpointed:
         unet.train().enable_gradient_checkpointing()

@@ -1,9 +1,9 @@
 """What a student is trained on: clean latents with their texts, computed once and kept in safetensors shards.
 
-Either the teacher's own pictures (made with DPM-Solver++ 2M from prompts, the whole trajectory kept), or the pictures
-of a folder with same-named .txt captions. The folder of a cache is named by a hash of all that its content depends on,
-so that a later run with the same needs finds it; a shard is written whole or not at all, so making goes on where it
-was stopped.
+Either the teacher's own pictures (made with DPM-Solver++ 2M from prompts, the whole trajectory kept), or the
+pictures of a folder with same-named .txt captions. The folder of a cache is named by a hash of all that its
+content depends on, so that a later run with the same needs finds it; a shard is written whole or not at all,
+so making goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,8 +38,9 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """``shards``: x0 (n, C, h, w) and text (n,) row numbers into ``texts``; the teacher's own also have guidance (n,)
-    and states (n, K, C, h, w) at ``state_timesteps``. ``texts`` (M, T, D); its row 0 is the unconditional text.
+    """``shards``: x0 (n, C, h, w) and text (n,) row numbers into ``texts``; the teacher's own also have
+    guidance (n,) and states (n, K, C, h, w) at ``state_timesteps``. ``texts`` (M, T, D); its row 0 is the
+    unconditional text.
     """
 
     shards: Sequence[dict[str, Tensor]]
@@ -90,7 +92,9 @@ def draw_batch(
     generator: torch.Generator,
     device: torch.device,
 ) -> Batch:
-    """The batch of the samples ``indices``; a share of the teacher's own pictures keep their guidance and trajectory."""
+    """The batch of the samples ``indices``; a share of the teacher's own pictures keep their guidance and
+    trajectory.
+    """
     rows = samples.rows(indices)
     scale = guidance.draw(len(indices), generator=generator)
     own = torch.rand(len(indices), generator=generator) < trajectory_share
@@ -127,9 +131,13 @@ class TeacherSampleRequest:
         return cache / f"teacher-{_key(asdict(self))}"
 
     @property
-    def bytes(self) -> int:
-        channels, height, width = self.shape
-        return self.count * channels * height * width * (2 * self.steps + 2)
+    def evaluations(self) -> int:
+        """Pictures through the network, two of the pair a step."""
+        return 2 * self.steps * self.count
+
+    def bytes(self, latent: tuple[int, int, int]) -> int:
+        """On the disk: x0 and the states in float16."""
+        return self.count * math.prod(latent) * 2 * (self.steps + 1)
 
 
 def make_teacher_samples(
@@ -143,7 +151,9 @@ def make_teacher_samples(
     batch: int,
     progress: Callable[[Iterable[int]], Iterable[int]],
 ) -> Samples:
-    """The teacher's own pictures; shards that are there already are kept. ``progress`` wraps the shard numbers."""
+    """The teacher's own pictures; shards that are there already are kept. ``progress`` wraps the shard
+    numbers.
+    """
     texts, text_rows = _texts(folder, request.prompts, request.negative, encode)
     samplewise = torch.arange(request.count) % len(request.prompts)
     count = -(-request.count // SHARD)
@@ -196,6 +206,14 @@ class ImageFolderRequest:
     width: int
     height: int
 
+    @property
+    def evaluations(self) -> int:
+        return 0
+
+    def bytes(self, latent: tuple[int, int, int]) -> int:
+        """On the disk: x0 in float16."""
+        return len(self.pictures) * math.prod(latent) * 2
+
     def folder(self, cache: Path) -> Path:
         return cache / f"images-{_key(asdict(self))}"
 
@@ -233,7 +251,9 @@ def make_image_samples(
     encode: Callable[[Sequence[str]], Tensor],
     progress: Callable[[Iterable[int]], Iterable[int]],
 ) -> Samples:
-    """Latents of the folder's pictures, scaled to cover and cropped at the centre; damaged ones are named and skipped."""
+    """Latents of the folder's pictures, scaled to cover and cropped at the centre; damaged ones are named and
+    skipped.
+    """
     texts, text_rows = _texts(
         folder, [caption for _, _, caption in request.pictures], request.negative, encode
     )
@@ -260,7 +280,9 @@ def make_image_samples(
 
 
 def load_picture(path: Path, width: int, height: int) -> Tensor:
-    """(3, height, width) in [0, 1], scaled to cover and cropped at the centre; BadInput if it cannot be read."""
+    """(3, height, width) in [0, 1], scaled to cover and cropped at the centre; BadInput if it cannot be
+    read.
+    """
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
@@ -282,7 +304,9 @@ def load_picture(path: Path, width: int, height: int) -> Tensor:
 def _texts(
     folder: Path, prompts: Sequence[str], negative: str, encode: Callable[[Sequence[str]], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """All different texts encoded once, (M, T, D) float16, the unconditional first; and the row of each prompt."""
+    """All different texts encoded once, (M, T, D) float16, the unconditional first; and the row of each
+    prompt.
+    """
     different = [negative, *dict.fromkeys(prompts)]
     row_of = {prompt: row for row, prompt in reversed(list(enumerate(different)))}
     path = folder / "texts.safetensors"

@@ -1,4 +1,6 @@
-"""The settings of a run: from flags, a TOML file and the family's defaults, each with the reason for its value."""
+"""The settings of a run: from flags, a TOML file and the family's defaults, each with the reason for its
+value.
+"""
 
 from __future__ import annotations
 
@@ -52,6 +54,7 @@ class Settings:
     precision: str
     device: str
     dtype: str
+    report_prompts: int
     cache_dir: str
     tokenizer: str | None
     text_encoder: str | None
@@ -136,7 +139,9 @@ def resolve(given: Mapping[str, Any], config: Mapping[str, Any], *, parameters: 
 
 
 def phase_updates(given: Sequence[int] | None, names: Sequence[str], *, small: bool) -> tuple[int, ...]:
-    """Updates of each phase: one number for all, one a phase, or by the phase's name and the network's size."""
+    """Updates of each phase: one number for all, one a phase, or by the phase's name and the network's
+    size.
+    """
     if given:
         if len(given) not in (1, len(names)):
             raise BadInput(
