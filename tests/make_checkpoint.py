@@ -62,7 +62,7 @@ _TWO_LEVELS = {
 }
 SHAPES = {
     "sd15": Shape(_SD15_UNET, _SD15_VAE, _CLIP_L),
-    # The smallest UNet that a stock ComfyUI takes for SD1.5 (36.7 M parameters), with true VAE and text encoder.
+    # The smallest UNet that a stock ComfyUI takes for SD1.5 (36.7 M parameters); the rest is true to size.
     "small": Shape(
         {"block_out_channels": (320, 320), "cross_attention_dim": 768, **_TWO_LEVELS}, _SD15_VAE, _CLIP_L
     ),
@@ -93,7 +93,7 @@ def make_tensors(
     in_channels: int = 4,
     dial: float | None = None,
 ) -> dict[str, Tensor]:
-    """A checkpoint's tensors under single-file keys; ``dial``: scale of a random guidance input, None for none."""
+    """A checkpoint's tensors under single-file keys; ``dial``: scale of a random guidance input, if any."""
     of = SHAPES[shape]
     unet = {"in_channels": in_channels, "attention_head_dim": 8, **of.unet}
     keys = expected_keys("unet", build("unet", unet))

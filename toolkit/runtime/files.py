@@ -158,8 +158,8 @@ def atomic_path(path: Path, *, size: int = 0) -> Generator[Path, None, None]:
     finally:
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
+        elif partial.exists():
+            partial.unlink()
 
 
 def sha256_of(path: Path) -> str:

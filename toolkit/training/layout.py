@@ -118,10 +118,10 @@ def unet_config_from(state: State) -> dict[str, Any]:
     context = next((value for key, value in part.items() if key.endswith(".attn2.to_k.weight")), None)
     cond_proj = part.get("time_embed.cond_proj.weight")
     return {
-        "in_channels": _shape(part, "input_blocks.0.0.weight")[1],
-        "out_channels": _shape(part, "out.2.weight")[0],
+        "in_channels": _shape(part, UNET_PREFIX, "input_blocks.0.0.weight")[1],
+        "out_channels": _shape(part, UNET_PREFIX, "out.2.weight")[0],
         "block_out_channels": tuple(
-            _shape(part, f"input_blocks.{n}.0.in_layers.2.weight")[0] for n in firsts
+            _shape(part, UNET_PREFIX, f"input_blocks.{n}.0.in_layers.2.weight")[0] for n in firsts
         ),
         "layers_per_block": resnets[0] if len(set(resnets)) == 1 else tuple(resnets),
         "down_block_types": tuple(down),
@@ -131,7 +131,7 @@ def unet_config_from(state: State) -> dict[str, Any]:
         "attention_head_dim": 8,
         "norm_num_groups": 32,
         "use_linear_projection": proj_in is not None and proj_in.ndim == 2,
-        "time_embedding_dim": _shape(part, "time_embed.0.weight")[0],
+        "time_embedding_dim": _shape(part, UNET_PREFIX, "time_embed.0.weight")[0],
         "time_cond_proj_dim": None if cond_proj is None else cond_proj.shape[1],
     }
 
@@ -141,11 +141,11 @@ def vae_config_from(state: State) -> dict[str, Any]:
     part = under(state, VAE_PREFIX)
     levels = _count(part, r"encoder\.down\.(\d+)\.")
     return {
-        "in_channels": _shape(part, "encoder.conv_in.weight")[1],
-        "out_channels": _shape(part, "decoder.conv_out.weight")[0],
-        "latent_channels": _shape(part, "decoder.conv_in.weight")[1],
+        "in_channels": _shape(part, VAE_PREFIX, "encoder.conv_in.weight")[1],
+        "out_channels": _shape(part, VAE_PREFIX, "decoder.conv_out.weight")[0],
+        "latent_channels": _shape(part, VAE_PREFIX, "decoder.conv_in.weight")[1],
         "block_out_channels": tuple(
-            _shape(part, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)
+            _shape(part, VAE_PREFIX, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)
         ),
         "layers_per_block": _depth(part, r"encoder\.down\.0\.block\."),
         "down_block_types": ("DownEncoderBlock2D",) * levels,
@@ -158,14 +158,14 @@ def vae_config_from(state: State) -> dict[str, Any]:
 def text_config_from(state: State) -> dict[str, Any]:
     """Arguments of ``CLIPTextConfig`` for a single file's state."""
     part = text_from_ldm(state)
-    vocabulary, hidden = _shape(part, "embeddings.token_embedding.weight")
+    vocabulary, hidden = _shape(part, TEXT_PREFIX, "embeddings.token_embedding.weight")
     return {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
-        "intermediate_size": _shape(part, "encoder.layers.0.mlp.fc1.weight")[0],
+        "intermediate_size": _shape(part, TEXT_PREFIX, "encoder.layers.0.mlp.fc1.weight")[0],
         "num_hidden_layers": _depth(part, r"encoder\.layers\."),
         "num_attention_heads": max(1, hidden // 64),
-        "max_position_embeddings": _shape(part, "embeddings.position_embedding.weight")[0],
+        "max_position_embeddings": _shape(part, TEXT_PREFIX, "embeddings.position_embedding.weight")[0],
         "projection_dim": hidden,
         "hidden_act": "quick_gelu",
         "bos_token_id": vocabulary - 2,
@@ -295,10 +295,12 @@ def _is_vae_attention(key: str, value: Tensor) -> bool:
     return re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", key) is not None and value.ndim in (2, 4)
 
 
-def _shape(state: State, key: str) -> tuple[int, ...]:
-    if key not in state:
-        raise BadInput(f"the key {key} is missing, so this is no complete Stable Diffusion checkpoint")
-    return tuple(state[key].shape)
+def _shape(part: State, prefix: str, key: str) -> tuple[int, ...]:
+    if key not in part:
+        raise BadInput(
+            f"the key {prefix}{key} is missing, so this is no complete Stable Diffusion checkpoint"
+        )
+    return tuple(part[key].shape)
 
 
 def _count(keys: Iterable[str], pattern: str) -> int:

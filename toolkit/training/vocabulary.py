@@ -107,10 +107,26 @@ def _from_path(given: Path, length: int) -> CLIPTokenizer:
 
 
 def _from_folder(folder: Path, length: int) -> CLIPTokenizer:
+    _check_folder(folder)
     try:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, model_max_length=length)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{folder}: the tokenizer cannot be read ({error})") from None
+
+
+def _check_folder(folder: Path) -> None:
+    """BadInput for damaged files, about which the tokenizers library raises bare exceptions."""
+    try:
+        vocabulary: Any = json.loads((folder / "vocab.json").read_text(encoding="utf-8-sig"))
+        lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder}: the tokenizer's files cannot be read ({error})") from None
+    rules = [line for line in lines if line and not line.startswith("#version")]
+    if not isinstance(vocabulary, dict):
+        raise BadInput(f"{folder / 'vocab.json'}: a JSON object was expected")
+    for rule in rules:
+        if rule.count(" ") != 1 or rule.replace(" ", "") not in vocabulary:
+            raise BadInput(f"{folder / 'vocab.json'}: the vocabulary lacks the merged pair {rule!r}")
 
 
 def _from_hub(length: int) -> CLIPTokenizer:

@@ -138,7 +138,10 @@ def _pickled_tensors(path: Path) -> dict[str, Tensor]:
                 f"{path}: this pickle wants to run code ({match[1].rstrip('.,')}), which is refused; "
                 "get the checkpoint as .safetensors"
             ) from None
-        raise BadInput(f"{path}: this is no checkpoint that can be read; download it again") from None
+        raise BadInput(
+            f"{path}: this pickle cannot be read without running code from it, which is refused; get the "
+            "checkpoint as .safetensors"
+        ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError):
         raise BadInput(f"{path}: the file is truncated or no checkpoint; download it again") from None
     while isinstance(found, dict) and isinstance(cast(dict[str, Any], found).get("state_dict"), dict):
