@@ -54,9 +54,6 @@ from .training.settings import SMALL_PARAMETERS, Settings, phase_updates, resolv
 
 log = logging.getLogger("fewstep")
 
-LOOK_PICTURES = 8
-"""Pictures a row of the sample grids."""
-
 DEMO_SAMPLES = 256
 """Pictures of each model that the demo's report measures."""
 
@@ -152,7 +149,8 @@ def _check(settings: Settings, teacher: Teacher) -> None:
         )
     if not low <= settings.guidance_default <= high:
         raise BadInput(
-            f"--guidance-default {settings.guidance_default:g} lies outside --guidance {low:g} {high:g}; choose one inside"
+            f"--guidance-default {settings.guidance_default:g} lies outside --guidance {low:g} {high:g}; "
+            "choose one inside"
         )
     if not 1 <= settings.steps <= 128:
         raise BadInput(f"--steps {settings.steps}: expected 1 to 128")
@@ -356,7 +354,9 @@ def run_all(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> di
 def _looker(settings: Settings, teacher: Teacher) -> Callable[[str, NetworkDenoiser, Phase], None]:
     """Writes a grid of the student's pictures, the same prompts and seeds each time, at two guidances."""
     checkpoint = teacher.checkpoint
-    prompts = _prompts(settings, LOOK_PICTURES, seed=settings.seed + 1)
+    if not settings.report_prompts:
+        return lambda name, student, phase: None
+    prompts = _prompts(settings, settings.report_prompts, seed=settings.seed + 1)
     text_encoder = checkpoint.text_encoder().eval()
     texts = encode_texts(prompts, tokenizer=checkpoint.tokenizer(), text_encoder=text_encoder)
     del text_encoder
@@ -398,9 +398,9 @@ def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> st
         "student": f"{settings.steps} evaluations a picture, predicts {phases[-1].prediction_type}",
         "guidance": f"{low:g} to {high:g}, {settings.guidance_default:g} by default",
         "method": f"{settings.method}: " + ", ".join(f"{k} {v}" for k, v in settings.method_config.items()),
-        "data": (settings.data and "pictures of a folder")
-        or f"{settings.pictures} pictures of the teacher's own",
-        "training": f"batch {settings.batch_size}, lr {settings.lr:g}, updates {settings.updates}, seed {settings.seed}",
+        "data": "a folder of pictures" if settings.data else f"{settings.pictures} pictures of the teacher's own",
+        "training": f"batch {settings.batch_size}, lr {settings.lr:g}, updates {settings.updates}",
+        "seed": str(settings.seed),
         "computed in": f"{settings.precision} on {settings.device}",
     }
     write_report(

@@ -145,6 +145,12 @@ def _parse() -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="weights of the student's file")
     add(
+        "--report-prompts",
+        type=int,
+        metavar="N",
+        help="prompts in the sample pictures and the report; 0: none",
+    )
+    add(
         "--cache-dir",
         metavar="DIR",
         help="where latents, texts and trajectories are kept (default: runs/cache)",

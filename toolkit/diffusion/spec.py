@@ -67,8 +67,8 @@ class StudentSpec:
         """BadInput unless this student can run at the guidance_scale."""
         if self.baked_guidance is not None and guidance != self.baked_guidance:
             raise BadInput(
-                f"guidance {guidance:g} was asked for, but this file has guidance {self.baked_guidance:g} baked in; "
-                "use the student that it was exported from for another"
+                f"guidance {guidance:g} was asked for, but this file has guidance {self.baked_guidance:g} "
+                "baked in; use the student that it was exported from for another"
             )
         if not self.guidance_min <= guidance <= self.guidance_max:
             raise BadInput(
@@ -93,8 +93,8 @@ class StudentSpec:
         values: dict[str, Any] = dict(found)  # type: ignore[reportUnknownArgumentType]
         if not isinstance(values.get("format"), int) or values["format"] > FORMAT:
             raise BadInput(
-                f"this student's file has format {values.get('format')}, and this FewStep reads formats up to {FORMAT}; "
-                "update FewStep"
+                f"this student's file has format {values.get('format')}, and this FewStep reads formats up to "
+                f"{FORMAT}; update FewStep"
             )
         names = {f.name for f in fields(cls)}
         required = {"family", "prediction_type", "method", "timesteps", "teacher_sha256", "teacher_name"}

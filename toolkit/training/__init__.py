@@ -1,1 +1,1 @@
-"""Checkpoints, networks, data and the training loop: the only room for diffusers, peft, transformers, accelerate."""
+"""Checkpoints, networks, data and the loop: the only room for diffusers, peft, transformers, accelerate."""

@@ -201,8 +201,8 @@ def require_disk(plan: Plan, *, out: Path, cache: Path) -> None:
     for place, count in needs.values():
         if (free := shutil.disk_usage(place).free) < count:
             raise BadInput(
-                f"this run writes up to {size(count)}, but the disk of {place} has {size(free)} free; free some space, "
-                "or choose --out and --cache-dir on another disk"
+                f"this run writes up to {size(count)}, but the disk of {place} has {size(free)} free; free "
+                "some space, or choose --out and --cache-dir on another disk"
             )
 
 

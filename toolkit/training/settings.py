@@ -139,14 +139,12 @@ def resolve(given: Mapping[str, Any], config: Mapping[str, Any], *, parameters: 
 
 
 def phase_updates(given: Sequence[int] | None, names: Sequence[str], *, small: bool) -> tuple[int, ...]:
-    """Updates of each phase: one number for all, one a phase, or by the phase's name and the network's
-    size.
-    """
+    """Updates of each phase: one number for all, one a phase, or by the phases and the network's size."""
     if given:
         if len(given) not in (1, len(names)):
             raise BadInput(
-                f"--updates has {len(given)} numbers, but this run has {len(names)} phases ({', '.join(names)}); "
-                "give one number for all, or one a phase"
+                f"--updates has {len(given)} numbers, but this run has {len(names)} phases "
+                f"({', '.join(names)}); give one number for all, or one a phase"
             )
         if min(given) < 1:
             raise BadInput(f"--updates {min(given)}: every phase needs at least 1 update")

@@ -1,0 +1,210 @@
+"""The main command on a tiny random checkpoint, as a person would call it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from make_checkpoint import make_teacher, make_tokenizer
+from PIL import Image
+
+from toolkit import distill
+from toolkit.diffusion.errors import BadInput
+from toolkit.runtime.files import load_tensors, read_spec, save_tensors
+from toolkit.training.checkpoint import open_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_teacher(folder / "tiny.safetensors", shape="tiny", dtype=torch.float16)
+    make_tokenizer(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def arguments(models, tmp_path) -> list[str]:
+    return [
+        *("--ckpt", str(models / "tiny.safetensors"), "--tokenizer", str(models / "tokenizer")),
+        *("--out", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")),
+        *("--steps", "2", "--finest", "4", "--pictures", "6", "--updates", "3", "--batch-size", "2"),
+        *("--guidance", "1", "8", "--guidance-default", "4", "--report-prompts", "0", "--device", "cpu"),
+    ]
+
+
+@pytest.fixture
+def call(monkeypatch):
+    def run(arguments: list[str]) -> None:
+        monkeypatch.setattr(sys, "argv", ["distill", *arguments])
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            distill.main()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return run
+
+
+def test_a_run_without_any_network_leaves_students_report_and_log(arguments, call, tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was touched")
+
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    call([*arguments, "--report-prompts", "1"])
+    out = tmp_path / "run"
+    written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert written >= {
+        *("student.safetensors", "students/4.safetensors", "students/2.safetensors", "report.html", "run.jsonl"),
+        *("config.toml", "samples/start.png", "samples/guided.png", "samples/fold-2.png", "state/latest.pt"),
+    }
+    assert not [name for name in written if "partial" in name]
+    spec = read_spec(out / "student.safetensors")
+    assert spec is not None and spec.timesteps == (999, 499) and spec.prediction_type == "v_prediction"
+    assert (spec.guidance_min, spec.guidance_max, spec.guidance_default) == (1, 8, 4)
+    assert spec.teacher_sha256 == open_checkpoint(arguments[1]).sha256
+    assert (out / "student.safetensors").read_bytes() == (out / "students/2.safetensors").read_bytes()
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert str(tmp_path) not in page and "fold-2" in page and "data:image/png" in page
+
+
+def test_killed_at_any_moment_and_resumed_gives_the_same_student(arguments, call, tmp_path):
+    call(arguments)
+    whole = (tmp_path / "run" / "student.safetensors").read_bytes()
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "again")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "toolkit.distill", *arguments]
+    deadline = time.monotonic() + 120
+    for delay in (6, 9, 13):
+        resume = ["--resume"] if (tmp_path / "again" / "config.toml").exists() else []
+        process = subprocess.Popen(
+            [*command, *resume], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            process.wait(timeout=delay)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        assert time.monotonic() < deadline
+    resume = ["--resume"] if (tmp_path / "again" / "config.toml").exists() else []
+    done = subprocess.run([*command, *resume], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again" / "student.safetensors").read_bytes() == whole
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(arguments, call, tmp_path, capsys):
+    call([*arguments, "--dry-run", "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert [phase["name"] for phase in answer["plan"]["phases"]] == ["guided", "fold-2"]
+    assert [phase["evaluations"] for phase in answer["plan"]["phases"]] == [3 * 2 * 3, 3 * 2 * 3]
+    assert answer["plan"]["sample_evaluations"] == 6 * 16 * 2
+    assert answer["plan"]["memory_bytes"] > 0 and answer["plan"]["seconds"] > 0
+    assert answer["reasons"]["steps"] == "you" and answer["settings"]["updates"] == [3, 3]
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_samples_are_found_again_by_a_later_run(arguments, call, tmp_path, capsys):
+    call(arguments)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert len(made) == 2
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "second")
+    call([*arguments, "--updates", "1", "--origin", "pair"])
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")} == made
+
+
+def test_a_folder_of_pictures_can_be_the_data_and_damaged_ones_are_named(arguments, call, tmp_path, caplog):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (40 + number, 50), (80 * number, 90, 200)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_bytes(f"picture {number}".encode("utf-16"))
+    (folder / "1.png").write_bytes(b"no picture")
+    Image.new("RGB", (8, 8)).save(folder / "lonely.png")
+    with caplog.at_level("WARNING"):
+        call([*arguments, "--data", str(folder)])
+    assert "1.png: not a picture" in caplog.text and "1 damaged pictures were skipped, 2 are used" in caplog.text
+    assert "1 pictures without a .txt caption" in caplog.text
+    (shard,) = (tmp_path / "cache").rglob("00000.safetensors")
+    assert load_tensors(shard)["text"].tolist() == [1, 3]
+
+
+def test_a_config_file_says_the_same_as_flags_and_flags_win(arguments, call, tmp_path):
+    call(arguments)
+    written = tmp_path / "run" / "config.toml"
+    call(["--config", str(written), "--out", str(tmp_path / "copy")])
+    assert (tmp_path / "copy/student.safetensors").read_bytes() == (tmp_path / "run/student.safetensors").read_bytes()
+    with pytest.raises(BadInput, match="unknown key stepz"):
+        written.write_text('stepz = 3\n', encoding="utf-8")
+        call(["--config", str(written)])
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        (["--steps", "0"], "--steps 0: expected 1 to 128"),
+        (["--guidance", "0.5", "8"], "expected 1 <= LO <= HI"),
+        (["--guidance", "8", "2"], "expected 1 <= LO <= HI"),
+        (["--guidance", "1", "nan"], "expected 1 <= LO <= HI"),
+        (["--guidance-default", "9"], "lies outside --guidance 1 8"),
+        (["--method", "magic"], "--method magic: no such method; there are guided, progressive"),
+        (["--updates", "1", "2", "3"], "this run has 2 phases (guided, fold-2)"),
+        (["--updates", "0"], "every phase needs at least 1 update"),
+        (["--resolution", "33"], "multiples of"),
+        (["--resolution", "big"], "WIDTHxHEIGHT"),
+        (["--device", "cuda:9"], "cannot use it"),
+        (["--ckpt", "missing.safetensors"], "missing.safetensors"),
+        (["--tokenizer", "nowhere"], "nowhere"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt: cannot be read"),
+        (["--data", "nowhere"], "no such folder"),
+        (["--lr", "0"], "--lr 0.0: expected a number above 0"),
+        (["--resume"], "holds no run to go on with"),
+        (["--finest", "0"], "must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(arguments, call, tmp_path, extra, sentence):
+    with pytest.raises(BadInput) as caught:
+        call([*arguments, *extra])
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_is_not_overwritten_and_resuming_keeps_its_settings(arguments, call, tmp_path):
+    call(arguments)
+    before = (tmp_path / "run" / "student.safetensors").read_bytes()
+    with pytest.raises(BadInput, match="holds a run already"):
+        call(arguments)
+    with pytest.raises(BadInput, match=r"--steps 4 was asked for, but the run in .* has 2"):
+        call(["--resume", "--out", str(tmp_path / "run"), "--steps", "4"])
+    call(["--resume", "--out", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "student.safetensors").read_bytes() == before
+
+
+def test_a_damaged_teacher_and_a_student_as_teacher_are_refused(arguments, call, tmp_path, models):
+    tensors = load_tensors(models / "tiny.safetensors")
+    key = "cond_stage_model.transformer.text_model.final_layer_norm.weight"
+    broken = tmp_path / "nan.safetensors"
+    save_tensors({**tensors, key: tensors[key] * float("nan")}, {}, broken)
+    with pytest.raises(BadInput, match="damaged"):
+        call([*arguments, "--ckpt", str(broken)])
+    assert not (tmp_path / "run").exists()
+    call(arguments)
+    with pytest.raises(BadInput, match="this is a student"):
+        call([*arguments, "--ckpt", str(tmp_path / "run" / "student.safetensors"), "--out", str(tmp_path / "b")])
+
+
+def test_the_command_ends_with_code_2_and_without_a_traceback():
+    done = subprocess.run(
+        [sys.executable, "-m", "toolkit.distill", "--ckpt", "no.safetensors"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()[-1]) > 20
