@@ -17,10 +17,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def open_for_people(
-    path: Path, *, tokenizer: Path | None = None, text_encoder: Path | None = None, vae: Path | None = None
+    path: Path,
+    *,
+    tokenizer: Path | str | None = None,
+    text_encoder: Path | None = None,
+    vae: Path | None = None,
 ) -> Checkpoint:
-    """Open a teacher or student; the demo's own, which knows few words, gets the demo's tokenizer unless
-    told."""
+    """Open a teacher or student; the demo's own gets the demo's tokenizer unless another is given.
+
+    Arguments as of :func:`.training.checkpoint.open_checkpoint`.
+    """
     opened = open_checkpoint(path, tokenizer=tokenizer, text_encoder=text_encoder, vae=vae)
     if tokenizer is None and is_demo(opened):
         return open_checkpoint(path, tokenizer=TOKENIZER, text_encoder=text_encoder, vae=vae)
@@ -28,8 +34,7 @@ def open_for_people(
 
 
 def is_demo(checkpoint: Checkpoint) -> bool:
-    """Whether this is the demo's teacher, by content, or a student of it, by the teacher's hash in its
-    spec."""
+    """Whether this is the demo's teacher, by content, or a student of it, by its spec."""
     if not TEACHER.exists():
         return False
     if checkpoint.spec is not None:

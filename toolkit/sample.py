@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(TEACHER_SAMPLERS),
         help="of a teacher (default ddim); a student brings its own",
     )
-    add("--tokenizer", type=Path, metavar="DIR", help="folder with vocab.json and merges.txt")
+    add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt, or hub to download it")
     add("--text-encoder", type=Path, metavar="FILE", help="for files without one")
     add("--vae", type=Path, metavar="FILE", help="another autoencoder")
     add("--device", help="cpu, cuda, cuda:1, mps ...; default: the best one there is")

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -31,12 +31,11 @@ from ..runtime.samplers import (
     walk,
 )
 from ..training.checkpoint import Checkpoint
-from ..training.networks import decode_latents, denoiser, encode_images, encode_texts
+from ..training.networks import decode_latents, denoiser, encode_images, encode_texts, place
 
 TeacherSampler = Literal["ddim", "dpmpp_2m"]
 Texts: TypeAlias = Callable[[Sequence[str]], Cond]
 """Prompts -> conditioning, one row each."""
-Module = TypeVar("Module", bound=torch.nn.Module)
 Progress: TypeAlias = Callable[[int, int], None]
 """Told (steps done, steps in all) after each step of each batch."""
 
@@ -103,8 +102,8 @@ class Painter:
                 f"{checkpoint.path.name}: this student's file lost the metadata that name its steps; "
                 "attach them with python -m toolkit.inspect --attach-spec"
             )
-        unet = _placed(checkpoint.unet(dtype=dtype), device)
-        text_encoder = _placed(checkpoint.text_encoder(dtype), device)
+        unet = place(checkpoint.unet(dtype=dtype), device)
+        text_encoder = place(checkpoint.text_encoder(dtype), device)
         tokenizer = checkpoint.tokenizer()
 
         def texts(prompts: Sequence[str]) -> Cond:
@@ -113,7 +112,7 @@ class Painter:
         width, height = checkpoint.resolution
         return cls(
             denoiser=denoiser(unet, schedule=checkpoint.schedule, prediction_type=checkpoint.prediction_type),
-            vae=_placed(checkpoint.vae(dtype), device),
+            vae=place(checkpoint.vae(dtype), device),
             texts=texts,
             schedule=checkpoint.schedule,
             size=(height, width),
@@ -243,12 +242,6 @@ class Painter:
         check_size((height, width), self.downscale)
         channels = int(self.vae.config["latent_channels"])
         return channels, height // self.downscale, width // self.downscale
-
-
-def _placed(network: Module, device: torch.device | str) -> Module:
-    """The network on the device, not to be trained."""
-    torch.nn.Module.to(network, device)
-    return network.requires_grad_(False)
 
 
 def cached_texts(prompts: Sequence[str], texts: Tensor) -> Texts:

@@ -51,10 +51,9 @@ def showcase(
     ``prompts`` where there are none), with a judge if the yardstick has one. Guidances that a student was not
     trained for are left out.
     """
-    named = {_name(steps): student for steps, student in sorted(students.items(), reverse=True)}
     small = Evaluation(
         teacher=teacher,
-        students=named,
+        students={f"{steps}-step student": students[steps] for steps in sorted(students, reverse=True)},
         request=Request(
             prompts=tuple(prompts),
             guidances=(guidance,),
@@ -65,20 +64,38 @@ def showcase(
         ),
         yardstick=yardstick or Yardstick(),
     )
-    last = min(students)
-    within = [g for g in guidances if students[last].runs_at(g)]
     large = (
         replace(small, request=replace(small.request, prompts=tuple(sample_prompts)))
         if sample_prompts
         else small
     )
     rows = tuple(large.rows())
-    pictures = (
-        _guidance_picture(small, _name(last), within),
-        _steps_picture(small, guidance, sorted(students, reverse=True)),
-        _strength_picture(small, _name(last), guidance, strengths),
-    )
+    within = [g for g in guidances if students[min(students)].runs_at(g)] or [guidance]
+    pictures = side_by_side(small, guidance=guidance, guidances=within, strengths=strengths)
     return Showcase(pictures, rows, verdict(rows))
+
+
+def side_by_side(
+    evaluation: Evaluation,
+    *,
+    guidance: float,
+    guidances: Sequence[float],
+    strengths: Sequence[float],
+    prompts: int = 6,
+) -> tuple[Picture, ...]:
+    """Teacher and students from the same noise over guidance, step counts and strengths.
+
+    Only the first ``prompts``. Over guidance and strength the student of the fewest steps is shown.
+    """
+    able = {name: student for name, student in evaluation.students.items() if student.runs_at(guidance)}
+    if not able:
+        return ()
+    last = min(able, key=lambda name: _step_count(able[name]))
+    shown = _Shown(evaluation, last, guidance, prompts)
+    pictures = [shown.over_guidance(guidances), shown.over_steps(able)]
+    if strengths:
+        pictures.append(shown.over_strength(strengths))
+    return tuple(pictures)
 
 
 def verdict(rows: Sequence[Row]) -> str | None:
@@ -132,83 +149,102 @@ def _psnr_verdict(student: Row, ddim: Row, reference: Row) -> str:
     )
 
 
-def _guidance_picture(evaluation: Evaluation, student: str, guidances: Sequence[float]) -> Picture:
-    columns: list[Tensor] = []
-    labels: list[str] = []
-    for g in guidances:
-        columns += [
-            _images(evaluation, evaluation.reference(g)),
-            _images(evaluation, Cell("student", student, g)),
-        ]
-        labels += [f"teacher, guidance {g:g}", f"student, guidance {g:g}"]
-    steps = evaluation.request.reference_steps
-    caption = f"Guidance, each pair from the same noise: the teacher at {steps} DDIM steps, the {student}."
-    return caption, _in_columns(columns, evaluation.request.prompts, labels)
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """The first ``count`` prompts of an evaluation, at its ``guidance`` if nothing else is said."""
 
+    evaluation: Evaluation
+    student: str
+    guidance: float
+    count: int
 
-def _steps_picture(evaluation: Evaluation, guidance: float, counts: Sequence[int]) -> Picture:
-    """One block a prompt: samplers in rows, step counts in columns, the reference before them."""
-    reference = evaluation.reference(guidance)
-    lines = {
-        "teacher, DDIM": [replace(reference, steps=count) for count in counts],
-        "teacher, DPM++ 2M": [replace(reference, sampler="dpmpp_2m", steps=count) for count in counts],
-        "student": [Cell("student", _name(count), guidance) for count in counts],
-    }
-    painted = {label: [_images(evaluation, cell) for cell in cells] for label, cells in lines.items()}
-    first = _images(evaluation, reference)
-    columns = [f"{reference.steps} steps", *(f"{count} step{'s' if count > 1 else ''}" for count in counts)]
-    blocks = [
-        (
-            prompt,
-            grid(
-                [
-                    [
-                        first[row] if label == "teacher, DDIM" else None,
-                        *(images[row] for images in columns_of),
-                    ]
-                    for label, columns_of in painted.items()
-                ],
-                rows=list(painted),
-                columns=columns,
-            ),
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return self.evaluation.request.prompts[: self.count]
+
+    def over_guidance(self, guidances: Sequence[float]) -> Picture:
+        columns: list[Tensor] = []
+        labels: list[str] = []
+        for g in guidances:
+            columns.append(self.images(self.evaluation.reference(g)))
+            columns.append(self.images(Cell("student", self.student, g)))
+            labels += [f"teacher, guidance {g:g}", f"student, guidance {g:g}"]
+        steps = self.evaluation.request.reference_steps
+        caption = (
+            f"Over guidance, from the same noise: the teacher with {steps} DDIM steps, and {self.student}."
         )
-        for row, prompt in enumerate(evaluation.request.prompts[:3])
-    ]
-    return f"Step counts at guidance {guidance:g}, from the same noise.", stack(blocks)
+        return caption, self.in_columns(columns, labels)
+
+    def over_steps(self, students: Mapping[str, Painter]) -> Picture:
+        """One block a prompt: samplers in rows, step counts in columns, the reference before them."""
+        reference = self.evaluation.reference(self.guidance)
+        counts = sorted(
+            {*self.evaluation.request.steps, *map(_step_count, students.values())} - {reference.steps},
+            key=int,
+            reverse=True,
+        )
+        lines: dict[str, dict[int, Tensor]] = {
+            "teacher, DDIM": {
+                n: self.images(replace(reference, steps=n))
+                for n in counts
+                if n in self.evaluation.request.steps
+            },
+            "teacher, DPM++ 2M": {
+                n: self.images(replace(reference, sampler="dpmpp_2m", steps=n))
+                for n in counts
+                if n in self.evaluation.request.steps
+            },
+        }
+        for name, student in students.items():
+            lines.setdefault(_free_line(lines, _step_count(student)), {})[_step_count(student)] = self.images(
+                Cell("student", name, self.guidance)
+            )
+        first = self.images(reference)
+        labels = [f"{reference.steps} steps", *(f"{n} step{'s' if n > 1 else ''}" for n in counts)]
+        blocks: list[Picture] = []
+        for row, prompt in enumerate(self.prompts[:3]):
+            cells = [
+                [first[row] if index == 0 else None, *(line[n][row] if n in line else None for n in counts)]
+                for index, line in enumerate(lines.values())
+            ]
+            blocks.append((prompt, grid(cells, rows=list(lines), columns=labels)))
+        return f"Over step counts at guidance {self.guidance:g}, from the same noise.", stack(blocks)
+
+    def over_strength(self, strengths: Sequence[float]) -> Picture:
+        source = self.evaluation.images_to_start_from(self.guidance)
+        columns = [self.evaluation.teacher.decode(source[: self.count])]
+        labels = ["from"]
+        for strength in strengths:
+            columns.append(self.images(self.evaluation.reference(self.guidance, strength), source))
+            columns.append(self.images(Cell("student", self.student, self.guidance, strength), source))
+            labels += [f"teacher, strength {strength:g}", f"student, strength {strength:g}"]
+        steps = self.evaluation.request.reference_steps
+        caption = (
+            f"Image to image at guidance {self.guidance:g}, from the first picture towards the prompt at the "
+            f"left and from the same noise: the teacher with {steps} DDIM steps, and {self.student}."
+        )
+        return caption, self.in_columns(columns, labels)
+
+    def images(self, cell: Cell, x0: Tensor | None = None) -> Tensor:
+        return self.evaluation.teacher.decode(self.evaluation.latents(cell, x0)[0][: self.count])
+
+    def in_columns(self, columns: Sequence[Tensor], labels: Sequence[str]) -> Image.Image:
+        rows = [[column[row] for column in columns] for row in range(len(self.prompts))]
+        return grid(rows, rows=self.prompts, columns=labels)
 
 
-def _strength_picture(
-    evaluation: Evaluation, student: str, guidance: float, strengths: Sequence[float]
-) -> Picture:
-    source = evaluation.images_to_start_from(guidance)
-    columns = [evaluation.teacher.decode(source)]
-    labels = ["from"]
-    for strength in strengths:
-        for who, cell in (
-            ("teacher", evaluation.reference(guidance, strength)),
-            ("student", Cell("student", student, guidance, strength)),
-        ):
-            columns.append(_images(evaluation, cell, source))
-            labels.append(f"{who}, strength {strength:g}")
-    caption = (
-        f"Image to image at guidance {guidance:g}: from the first picture to the prompt at the left, teacher "
-        f"with {evaluation.request.reference_steps} DDIM steps and {student} from the same noise."
-    )
-    return caption, _in_columns(columns, evaluation.request.prompts, labels)
+def _step_count(student: Painter) -> int:
+    if student.spec is None:
+        raise ValueError("a student without a spec")
+    return student.spec.steps
 
 
-def _images(evaluation: Evaluation, cell: Cell, x0: Tensor | None = None) -> Tensor:
-    return evaluation.teacher.decode(evaluation.latents(cell, x0)[0])
-
-
-def _in_columns(columns: Sequence[Tensor], prompts: Sequence[str], labels: Sequence[str]) -> Image.Image:
-    return grid(
-        [[column[row] for column in columns] for row in range(len(prompts))], rows=prompts, columns=labels
-    )
-
-
-def _name(steps: int) -> str:
-    return f"{steps}-step student"
+def _free_line(lines: Mapping[str, Mapping[int, Tensor]], steps: int) -> str:
+    """The name of the first line of students that has no picture at this step count yet."""
+    number = 1
+    while steps in lines.get(name := "student" if number == 1 else f"student {number}", {}):
+        number += 1
+    return name
 
 
 def _steps(row: Row) -> str:

@@ -1,0 +1,223 @@
+"""Measure students against their teacher: ``python -m toolkit.evaluate --help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .command import print_json, run
+from .demo.drawings import draw
+from .demo.drawings import prompts as demo_prompts
+from .demo.judge import load_judge
+from .diffusion.errors import BadInput
+from .evaluation.evaluate import Evaluation, FolderStore, Request, Row, Yardstick, check_pair, table
+from .evaluation.metrics import adherence, features
+from .evaluation.painter import Painter
+from .evaluation.pictures import save_png
+from .evaluation.showcase import side_by_side, verdict
+from .opening import DTYPES, choose_device, choose_dtype, is_demo, open_for_people
+from .runtime.files import atomic_path
+from .training.checkpoint import Checkpoint
+from .training.prompts import built_in_prompts, read_prompts
+
+log = logging.getLogger("fewstep")
+
+EXAMPLES = """examples:
+  python -m toolkit.evaluate --teacher model.safetensors --student student.safetensors -o measured
+  python -m toolkit.evaluate --teacher model.safetensors --student runs/a/students --guidance 2 8 -o measured
+  python -m toolkit.evaluate --teacher toolkit/demo/teacher.safetensors --student runs/demo/students \\
+    --steps 8 4 2 1 --guidance 1 2 4 8 --strength 0.2 0.35 0.5 0.7 --samples 2048 -o measured
+
+Adherence and Frechet distances need a judge, which only the demo's teacher and its students have; elsewhere
+they are null. A stopped evaluation goes on where it was when the same command is given again.
+"""
+REAL_DRAWINGS = 4096
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    asked = _parser().parse_args(arguments)
+    _check(asked)
+    device = choose_device(asked.device)
+    dtype = choose_dtype(asked.precision, device)
+    parts = {"tokenizer": asked.tokenizer, "text_encoder": asked.text_encoder, "vae": asked.vae}
+    teacher = open_for_people(asked.teacher, **parts)
+    if teacher.kind != "teacher":
+        raise BadInput(f"{teacher.path}: this is a {teacher.kind}; give the teacher as --teacher")
+    students = {name: open_for_people(path, **parts) for name, path in _student_files(asked.student).items()}
+    demo = is_demo(teacher)
+    painters = {name: Painter.open(student, device=device, dtype=dtype) for name, student in students.items()}
+    evaluation = Evaluation(
+        teacher=Painter.open(teacher, device=device, dtype=dtype),
+        students=painters,
+        request=_request(asked, painters, demo=demo),
+        yardstick=_yardstick(asked.seed) if demo else Yardstick(),
+        store=FolderStore(asked.out / "cache"),
+        teacher_name=teacher.name,
+        identities=_identities(teacher, students, asked),
+        batch=asked.batch_size,
+    )
+    check_pair(evaluation.teacher, painters, teacher.sha256)
+    rows: list[Row] = []
+    for row in evaluation.rows():
+        rows.append(row)
+        _write_results(asked, evaluation, rows)
+    log.info("%s", table(rows))
+    guidance = sorted(evaluation.request.guidances)[len(evaluation.request.guidances) // 2]
+    _write_pictures(asked, evaluation, guidance)
+    if sentence := verdict([row for row in rows if row["guidance"] == guidance]):
+        log.info("%s", sentence)
+    if asked.json:
+        print_json({"rows": rows})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m toolkit.evaluate",
+        description="Measure students against their teacher from the same noise: numbers and pictures.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--teacher", type=Path, required=True, metavar="PATH", help="a file or a diffusers folder")
+    add(
+        "--student",
+        type=Path,
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="PATH",
+        help="student files, or folders of them",
+    )
+    add("--prompts", type=Path, metavar="FILE", help="one a line (default: the demo's, or built-in ones)")
+    add(
+        "--steps", type=int, nargs="*", metavar="N", help="of the teacher's samplers (default: the students')"
+    )
+    add("--guidance", type=float, nargs="+", metavar="G", help="default: the first student's own")
+    add("--strength", type=float, nargs="*", default=[], metavar="F", help="image to image as well")
+    add("--samples", type=int, default=256, metavar="N", help="pictures a row (default 256)")
+    add("--seed", type=int, default=0, help="of the first picture, the others follow (default 0)")
+    add("--negative", default="", metavar="TEXT", help="the teacher's negative prompt")
+    add("--reference-steps", type=int, default=50, metavar="N", help="of the teacher's DDIM (default 50)")
+    add("--batch-size", type=int, metavar="N", help="pictures at once (default: by their size)")
+    add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt, or hub to download it")
+    add("--text-encoder", type=Path, metavar="FILE", help="for files without one")
+    add("--vae", type=Path, metavar="FILE", help="another autoencoder")
+    add("--device", help="cpu, cuda, cuda:1, mps ...; default: the best one there is")
+    add("--precision", choices=sorted(DTYPES), help="default: fp16 on a GPU, fp32 elsewhere")
+    add("--json", action="store_true", help="the rows on stdout, as JSON")
+    add("-o", "--out", type=Path, required=True, metavar="DIR", help="results.json, pictures, cache")
+    return parser
+
+
+def _check(asked: argparse.Namespace) -> None:
+    if asked.samples < 1 or (asked.batch_size or 1) < 1:
+        raise BadInput(f"--samples {asked.samples} and --batch-size: both must be at least 1")
+    if not 0 <= asked.seed < 10**9:
+        raise BadInput(f"--seed {asked.seed}: expected 0 to 999999999")
+    for guidance in asked.guidance or ():
+        if not 1 <= guidance < math.inf:
+            raise BadInput(f"--guidance {guidance:g}: expected 1 (unguided) or more")
+    for strength in asked.strength:
+        if not 0 < strength < 1:
+            raise BadInput(f"--strength {strength:g}: expected a number above 0 and below 1")
+    for steps in [*(asked.steps or ()), asked.reference_steps]:
+        if not 1 <= steps <= 1000:
+            raise BadInput(f"{steps} steps were asked for; a teacher runs 1 to 1000")
+
+
+def _student_files(paths: Sequence[Path]) -> dict[str, Path]:
+    """Student files by a name that tells them apart; a folder of safetensors files stands for all of them."""
+    files: list[Path] = []
+    for path in paths:
+        inside = sorted(
+            path.glob("*.safetensors"), key=lambda file: (len(file.name), file.name), reverse=True
+        )
+        files += inside or [path]
+    named: dict[str, Path] = {}
+    for file in files:
+        name = file.name
+        if name in named:
+            name = f"{file.resolve().parent.name}/{file.name}"
+        if name in named:
+            raise BadInput(f"{file}: another student of that name was given; rename one of the files")
+        named[name] = file
+    return named
+
+
+def _request(asked: argparse.Namespace, students: Mapping[str, Painter], *, demo: bool) -> Request:
+    specs = [student.spec for student in students.values() if student.spec is not None]
+    if asked.prompts is not None:
+        given = read_prompts(asked.prompts)
+    else:
+        given = (demo_prompts if demo else built_in_prompts)(asked.samples, seed=asked.seed + 1)
+    guidances = asked.guidance or [spec.baked_guidance or spec.guidance_default for spec in specs[:1]]
+    for guidance in guidances:
+        for name, student in students.items():
+            if not student.runs_at(guidance):
+                log.warning("%s does not run at guidance %g; it has no row there", name, guidance)
+    return Request(
+        prompts=tuple(given[number % len(given)] for number in range(asked.samples)),
+        guidances=tuple(dict.fromkeys(guidances)),
+        steps=tuple(dict.fromkeys([spec.steps for spec in specs] if asked.steps is None else asked.steps)),
+        strengths=tuple(dict.fromkeys(asked.strength)),
+        seed=asked.seed,
+        negative=asked.negative,
+        reference_steps=asked.reference_steps,
+    )
+
+
+def _yardstick(seed: int) -> Yardstick:
+    """The demo's judge, and its features of real drawings."""
+    judge = load_judge()
+    drawings, captions = draw(REAL_DRAWINGS, seed=seed)
+    log.info(
+        "judge: %.1f %% right on %d real drawings", 100 * adherence(judge, drawings, captions), REAL_DRAWINGS
+    )
+    return Yardstick(judge, features(judge, drawings))
+
+
+def _identities(
+    teacher: Checkpoint, students: Mapping[str, Checkpoint], asked: argparse.Namespace
+) -> dict[str, str]:
+    """What tells each model's pictures from another's: its file, other parts, precision and device."""
+    parts = (asked.tokenizer, asked.text_encoder, asked.vae, asked.precision, asked.device)
+    how = " ".join(map(str, parts))
+    every = {teacher.name: teacher, **students}
+    return {name: f"{checkpoint.sha256} {how}" for name, checkpoint in every.items()}
+
+
+def _write_results(asked: argparse.Namespace, evaluation: Evaluation, rows: Sequence[Row]) -> None:
+    results: dict[str, Any] = {
+        "teacher": evaluation.teacher_name,
+        "students": list(evaluation.students),
+        "samples": asked.samples,
+        "seed": asked.seed,
+        "rows": list(rows),
+    }
+    with atomic_path(asked.out / "results.json") as partial:
+        partial.write_text(json.dumps(results, indent=2), encoding="utf-8")
+
+
+def _write_pictures(asked: argparse.Namespace, evaluation: Evaluation, guidance: float) -> None:
+    """Side by side, at one guidance where it does not vary, from what was painted for the rows."""
+    pictures = side_by_side(
+        evaluation,
+        guidance=guidance,
+        guidances=[
+            g
+            for g in sorted(evaluation.request.guidances)
+            if all(s.runs_at(g) for s in evaluation.students.values())
+        ],
+        strengths=evaluation.request.strengths,
+    )
+    for name, (_, image) in zip(("guidance", "steps", "strength"), pictures, strict=False):
+        save_png(image, asked.out / f"{name}.png")
+
+
+if __name__ == "__main__":
+    run(main)
