@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,7 +67,13 @@ def test_a_run_without_any_network_leaves_students_report_and_log(arguments, cal
     out = tmp_path / "run"
     written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert written >= {
-        *("student.safetensors", "students/4.safetensors", "students/2.safetensors", "report.html", "run.jsonl"),
+        *(
+            "student.safetensors",
+            "students/4.safetensors",
+            "students/2.safetensors",
+            "report.html",
+            "run.jsonl",
+        ),
         *("config.toml", "samples/start.png", "samples/guided.png", "samples/fold-2.png", "state/latest.pt"),
     }
     assert not [name for name in written if "partial" in name]
@@ -88,7 +96,11 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_student(arguments, call
     for delay in (6, 9, 13):
         resume = ["--resume"] if (tmp_path / "again" / "config.toml").exists() else []
         process = subprocess.Popen(
-            [*command, *resume], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*command, *resume],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         try:
             process.wait(timeout=delay)
@@ -132,7 +144,9 @@ def test_a_folder_of_pictures_can_be_the_data_and_damaged_ones_are_named(argumen
     Image.new("RGB", (8, 8)).save(folder / "lonely.png")
     with caplog.at_level("WARNING"):
         call([*arguments, "--data", str(folder)])
-    assert "1.png: not a picture" in caplog.text and "1 damaged pictures were skipped, 2 are used" in caplog.text
+    assert (
+        "1.png: not a picture" in caplog.text and "1 damaged pictures were skipped, 2 are used" in caplog.text
+    )
     assert "1 pictures without a .txt caption" in caplog.text
     (shard,) = (tmp_path / "cache").rglob("00000.safetensors")
     assert load_tensors(shard)["text"].tolist() == [1, 3]
@@ -142,9 +156,11 @@ def test_a_config_file_says_the_same_as_flags_and_flags_win(arguments, call, tmp
     call(arguments)
     written = tmp_path / "run" / "config.toml"
     call(["--config", str(written), "--out", str(tmp_path / "copy")])
-    assert (tmp_path / "copy/student.safetensors").read_bytes() == (tmp_path / "run/student.safetensors").read_bytes()
+    assert (tmp_path / "copy/student.safetensors").read_bytes() == (
+        tmp_path / "run/student.safetensors"
+    ).read_bytes()
     with pytest.raises(BadInput, match="unknown key stepz"):
-        written.write_text('stepz = 3\n', encoding="utf-8")
+        written.write_text("stepz = 3\n", encoding="utf-8")
         call(["--config", str(written)])
 
 
@@ -178,6 +194,13 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(arguments, call, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_does_not_fit_the_disk_stops_before_it_writes(arguments, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    with pytest.raises(BadInput, match=r"writes up to \d+ MiB, but the disk of .* has 1 MiB free"):
+        call(arguments)
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_run_is_not_overwritten_and_resuming_keeps_its_settings(arguments, call, tmp_path):
     call(arguments)
     before = (tmp_path / "run" / "student.safetensors").read_bytes()
@@ -199,12 +222,23 @@ def test_a_damaged_teacher_and_a_student_as_teacher_are_refused(arguments, call,
     assert not (tmp_path / "run").exists()
     call(arguments)
     with pytest.raises(BadInput, match="this is a student"):
-        call([*arguments, "--ckpt", str(tmp_path / "run" / "student.safetensors"), "--out", str(tmp_path / "b")])
+        call(
+            [
+                *arguments,
+                "--ckpt",
+                str(tmp_path / "run" / "student.safetensors"),
+                "--out",
+                str(tmp_path / "b"),
+            ]
+        )
 
 
 def test_the_command_ends_with_code_2_and_without_a_traceback():
     done = subprocess.run(
-        [sys.executable, "-m", "toolkit.distill", "--ckpt", "no.safetensors"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "toolkit.distill", "--ckpt", "no.safetensors"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
     assert len(done.stderr.strip().splitlines()[-1]) > 20

@@ -106,8 +106,9 @@ def run(command: Sequence[str]) -> int:
     """Run a command in the repository's root and wait for it; its exit code, 128 + n where signal n ended it.
 
     Ctrl+C reaches the command itself, which may take a moment to save its state; SIGTERM is handed on to it.
+    Waiting threads sleep instead of spinning: on a busy machine torch's threads else hold each other up.
     """
-    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
 
     def hand_on(number: int, frame: FrameType | None) -> None:

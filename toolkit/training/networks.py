@@ -44,12 +44,13 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 
 def place(module: Module, device: torch.device | str, dtype: torch.dtype | None = None) -> Module:
     """The module moved to a device, and cast where a dtype is given."""
-    return torch.nn.Module.to(module, device=device, dtype=dtype)
+    torch.nn.Module.to(module, device=device, dtype=dtype)
+    return module
 
 
 def zero_cond_proj(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """Zero the projection of w, so that the untrained student is the conditional teacher."""
-    torch.nn.init.zeros_(unet.time_embedding.cond_proj.weight)
+    torch.nn.init.zeros_(unet.get_parameter("time_embedding.cond_proj.weight"))
     return unet
 
 
@@ -81,17 +82,18 @@ def encode_images(images: Tensor, vae: AutoencoderKL, *, batch: int = 16) -> Ten
     mean).
     """
     parts = [
-        vae.encode((part * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mean.float().cpu()
+        vae.encode((part * 2 - 1).to(vae.device, vae.dtype), return_dict=False)[0].mean.float().cpu()
         for part in images.split(batch)
     ]
-    return torch.cat(parts) * vae.config.scaling_factor
+    return torch.cat(parts) * float(vae.config["scaling_factor"])
 
 
 @torch.no_grad()
 def decode_latents(x0: Tensor, vae: AutoencoderKL, *, batch: int = 16) -> Tensor:
     """Scaled latents (N, C, h, w) -> images (N, 3, H, W) float32 in [0, 1] on the CPU."""
+    scale = float(vae.config["scaling_factor"])
     parts = [
-        vae.decode((part / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample.float().cpu()
+        vae.decode((part / scale).to(vae.device, vae.dtype), return_dict=False)[0].float().cpu()
         for part in x0.split(batch)
     ]
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
