@@ -4,8 +4,8 @@ latents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -92,8 +92,9 @@ def encode_images(images: Tensor, vae: AutoencoderKL, *, batch: int = 16) -> Ten
 def decode_latents(x0: Tensor, vae: AutoencoderKL, *, batch: int = 16) -> Tensor:
     """Scaled latents (N, C, h, w) -> images (N, 3, H, W) float32 in [0, 1] on the CPU."""
     scale = float(vae.config["scaling_factor"])
+    decode: Callable[..., Any] = vae.decode
     parts = [
-        vae.decode((part / scale).to(vae.device, vae.dtype), return_dict=False)[0].float().cpu()
+        decode((part / scale).to(vae.device, vae.dtype), return_dict=False)[0].float().cpu()
         for part in x0.split(batch)
     ]
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
