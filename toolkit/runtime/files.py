@@ -125,16 +125,32 @@ def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pat
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
+    header = _header_bytes(entries)
     with atomic_path(path, size=end + len(header)) as partial, open(partial, "xb") as file:
-        file.write(struct.pack("<Q", len(header)))
         file.write(header)
         for name in names:
             if tensors[name].numel():
                 file.write(_bytes(tensors[name]))
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_metadata(path: Path, metadata: Mapping[str, str], *, markers: Iterable[str] = ()) -> None:
+    """Replace a safetensors file's metadata, and add ``markers`` (empty tensors); the weights are copied as
+    they are."""
+    entries = _read_header_json(path)
+    entries.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    for name in markers:
+        entries.setdefault(name, {"dtype": "F32", "shape": [0], "data_offsets": [end, end]})
+    header = _header_bytes({"__metadata__": dict(sorted(metadata.items())), **entries})
+    with atomic_path(path, size=end + len(header)) as partial:
+        with open(path, "rb") as source, open(partial, "xb") as file:
+            source.seek(8 + int.from_bytes(source.read(8), "little"))
+            file.write(header)
+            shutil.copyfileobj(source, file, _READ)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -236,6 +252,12 @@ def _read_header_json(path: Path) -> dict[str, Any]:
         state = "truncated" if size < expected else "longer than its header says"
         raise BadInput(f"{path}: the file is {state} ({size:,} of {expected:,} bytes); download it again")
     return found
+
+
+def _header_bytes(entries: Mapping[str, Any]) -> bytes:
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -149,6 +149,18 @@ class Checkpoint:
             if key.startswith((VAE_PREFIX, "cond_stage_model.")) and not key.startswith(VAE_PREFIX + "loss.")
         }
 
+    def empty_networks(self) -> dict[Part, Any]:
+        """The three networks on the meta device: configurations and shapes without weights."""
+        return {part: build(part, self.config(part)) for part in PREFIXES}
+
+    def network_tensors(self) -> dict[str, Tensor]:
+        """What the three networks use, under single-file keys, memory-mapped."""
+        return {
+            key: self.tensors[key]
+            for part, network in self.empty_networks().items()
+            for key in expected_keys(part, network)
+        }
+
     def _known(
         self, part: Part, network: torch.nn.Module, tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -156,7 +168,7 @@ class Checkpoint:
 
     def _filled(self, part: Part, network: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
         for key, value in state.items():
-            if not _finite(value):
+            if not is_finite(value):
                 raise BadInput(
                     f"{self.path}: the weights of the {part} are damaged ({key} holds NaN or infinity)"
                 )
@@ -208,7 +220,7 @@ def open_checkpoint(
         prediction_type=prediction_type_of(weights, spec),
         ztsnr=ztsnr_of(weights, spec),
         spec=spec,
-        resolution=_resolution(weights.metadata),
+        resolution=resolution_of(weights.metadata),
         tensors=tensors,
         configs=configs,
         tokenizer_from=None if tokenizer is None else "hub" if tokenizer == "hub" else Path(tokenizer),
@@ -236,13 +248,16 @@ def write_checkpoint(
     path: Path, *, tensors: Mapping[str, Tensor], spec: StudentSpec, resolution: tuple[int, int]
 ) -> None:
     """Write a student's tensors, under single-file keys, with the markers and metadata of its spec."""
-    markers = {
-        key
-        for key, wanted in ((V_PRED, spec.prediction_type == "v_prediction"), (ZTSNR, spec.ztsnr))
-        if wanted
-    }
     plain = {key: value for key, value in tensors.items() if key not in (V_PRED, ZTSNR)}
-    save_tensors(plain | {key: torch.zeros(0) for key in markers}, student_metadata(spec, resolution), path)
+    save_tensors(
+        plain | {key: torch.zeros(0) for key in markers_of(spec)}, student_metadata(spec, resolution), path
+    )
+
+
+def markers_of(spec: StudentSpec) -> tuple[str, ...]:
+    """The empty tensors by which hosts know what a checkpoint predicts and where its schedule ends."""
+    wanted = {V_PRED: spec.prediction_type == "v_prediction", ZTSNR: spec.ztsnr}
+    return tuple(key for key, is_wanted in wanted.items() if is_wanted)
 
 
 def student_metadata(spec: StudentSpec, resolution: tuple[int, int]) -> dict[str, str]:
@@ -359,12 +374,14 @@ def _student_kind(path: Path, spec: StudentSpec | None) -> Literal["student", "b
     return "baked" if spec is not None and spec.baked_guidance is not None else "student"
 
 
-def _resolution(metadata: Mapping[str, str]) -> tuple[int, int]:
+def resolution_of(metadata: Mapping[str, str]) -> tuple[int, int]:
+    """(width, height) in pixels that a file's metadata gives, else the family's."""
     match = re.fullmatch(r"(\d+)x(\d+)", metadata.get("modelspec.resolution", ""))
     return (int(match[1]), int(match[2])) if match else NATIVE_RESOLUTION
 
 
-def _finite(value: Tensor) -> bool:
+def is_finite(value: Tensor) -> bool:
+    """Whether a tensor is free of NaN and infinity."""
     if not value.is_floating_point():
         return True
     return bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all())

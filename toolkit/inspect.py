@@ -1,0 +1,209 @@
+"""Say what a file of weights is, and mend a student's lost description: ``python -m toolkit.inspect
+--help``."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .command import print_json, run
+from .diffusion.errors import BadInput
+from .diffusion.spec import StudentSpec
+from .runtime.files import read_metadata, sha256_of, spec_from, write_metadata
+from .training.checkpoint import (
+    is_finite,
+    markers_of,
+    prediction_type_of,
+    resolution_of,
+    student_metadata,
+    ztsnr_of,
+)
+from .training.layout import COND_PROJ, UNET_PREFIX
+from .training.recognise import FAMILIES, INPUTS, PREFIXES, Problems, Recognised, problems, recognise
+from .training.weights import Weights, read_folder, read_weights
+
+EXAMPLES = """examples:
+  python -m toolkit.inspect model.safetensors
+  python -m toolkit.inspect student.safetensors --json
+  python -m toolkit.inspect merged.safetensors --attach-spec spec.json
+
+A spec is printed by --json under "spec"; save it before a merger drops it.
+"""
+SHOWN = 5
+"""Keys of a list that are printed for people."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    asked = _parser().parse_args(arguments)
+    if asked.attach_spec is not None:
+        attach_spec(asked.file, asked.attach_spec)
+    found = describe(asked.file)
+    if asked.json:
+        print_json(found)
+    else:
+        print("\n".join(_lines(found)))
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Everything that the file says or that its keys and shapes tell; BadInput only if it cannot be read."""
+    weights = read_folder(path) if path.is_dir() else read_weights(path)
+    found = recognise(weights.tensors)
+    spec = spec_from(weights.metadata, path)
+    diffusion = found.container in ("checkpoint", "unet")
+    wrong = _problems(found, weights)
+    return {
+        "file": path.name,
+        "kind": _kind(found, spec),
+        "container": found.container,
+        "family": spec.family if spec is not None else found.family,
+        "inpaint": _input_channels(found) == 9 or (spec is not None and spec.inpaint),
+        "prediction_type": prediction_type_of(weights, spec) if diffusion or spec is not None else None,
+        "ztsnr": ztsnr_of(weights, spec),
+        "resolution": list(resolution_of(weights.metadata)) if diffusion else None,
+        "channels": {"in": _input_channels(found), "out": _output_channels(found)},
+        "dtype": _dtype(found.tensors),
+        "parameters": _parameters(found.tensors),
+        "dial": COND_PROJ in found.tensors or "fewstep.cond_proj.weight" in found.tensors,
+        "spec": None if spec is None else asdict(spec),
+        "missing": list(wrong.missing),
+        "extra": list(wrong.extra),
+        "misshapen": list(wrong.misshapen),
+        "damaged": sorted(key for key, value in found.tensors.items() if not is_finite(value)),
+        "sha256": sha256_of(path),
+        "metadata": {key: value for key, value in weights.metadata.items() if key.startswith("modelspec.")},
+    }
+
+
+def attach_spec(path: Path, spec_path: Path) -> None:
+    """Write a spec into a safetensors student whose metadata a merger dropped; the weights stay as they
+    are."""
+    spec = StudentSpec.from_json(_text(spec_path))
+    found = recognise(read_weights(path).tensors)
+    metadata = read_metadata(path)
+    if spec.container == "checkpoint":
+        width = None if COND_PROJ not in found.tensors else found.tensors[COND_PROJ].shape[1]
+        dial = None if spec.w_embedding is None or spec.baked_guidance is not None else spec.w_embedding.dim
+        if found.container not in ("checkpoint", "unet") or width != dial:
+            raise BadInput(
+                f"{path}: the spec is of a student with {_dial_text(dial)}, and this {found.container} has "
+                f"{_dial_text(width)}; attach the spec of the student that it was made from"
+            )
+    resolution = resolution_of(metadata)
+    write_metadata(path, metadata | student_metadata(spec, resolution), markers=markers_of(spec))
+
+
+def _dial_text(width: int | None) -> str:
+    return "no guidance dial" if width is None else f"a guidance dial of {width} numbers"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: the spec cannot be read ({error})") from None
+
+
+def _kind(found: Recognised, spec: StudentSpec | None) -> str:
+    if found.container not in ("checkpoint", "unet"):
+        return found.container
+    if spec is not None and spec.baked_guidance is not None:
+        return "baked"
+    return "student" if spec is not None or COND_PROJ in found.tensors else "teacher"
+
+
+def _problems(found: Recognised, weights: Weights) -> Problems:
+    if found.family != "sd1" and found.container not in ("vae", "text encoder"):
+        return Problems((), (), ())
+    try:
+        return problems(found.tensors, weights.configs)
+    except BadInput as error:
+        return Problems((), (), (str(error),))
+
+
+def _input_channels(found: Recognised) -> int | None:
+    return _size(found, UNET_PREFIX + "input_blocks.0.0.weight", 1)
+
+
+def _output_channels(found: Recognised) -> int | None:
+    return _size(found, UNET_PREFIX + "out.2.weight", 0)
+
+
+def _size(found: Recognised, key: str, axis: int) -> int | None:
+    shape = found.tensors[key].shape if key in found.tensors else ()
+    return shape[axis] if len(shape) > axis else None
+
+
+def _dtype(tensors: Mapping[str, Tensor]) -> str | None:
+    """The dtype that most numbers are in."""
+    counts: Counter[str] = Counter()
+    for value in tensors.values():
+        if value.is_floating_point():
+            counts[str(value.dtype).removeprefix("torch.")] += value.numel()
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _parameters(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    parts = {
+        part: sum(value.numel() for key, value in tensors.items() if key.startswith(prefix))
+        for part, prefix in PREFIXES.items()
+    }
+    return {**parts, "total": sum(value.numel() for value in tensors.values())}
+
+
+def _lines(found: Mapping[str, Any]) -> list[str]:
+    """The description for people."""
+    family, spec, channels = found["family"], found["spec"], found["channels"]
+    lines = [f"{found['file']}: {found['kind']}" + (f", {FAMILIES.get(family, family)}" if family else "")]
+    if channels["in"]:
+        purpose = INPUTS.get(channels["in"], "")
+        lines.append(f"input: {channels['in']} channels" + (f" ({purpose})" if purpose else ""))
+        lines.append(
+            f"predicts: {found['prediction_type']}" + (", zero-terminal SNR" if found["ztsnr"] else "")
+        )
+        lines.append(f"guidance dial: {'yes' if found['dial'] else 'no'}")
+    sizes = ", ".join(
+        f"{part.replace('_', ' ')} {count / 1e6:.1f} M"
+        for part, count in found["parameters"].items()
+        if count
+    )
+    lines.append(f"parameters: {sizes}; mostly {found['dtype']}")
+    if spec is not None:
+        timesteps = ", ".join(map(str, spec["timesteps"]))
+        baked = "" if spec["baked_guidance"] is None else f", {spec['baked_guidance']:g} baked in"
+        lines.append(f"student: {spec['method']}, {spec['sampler']}, timesteps {timesteps}")
+        lines.append(f"guidance: {spec['guidance_min']:g} to {spec['guidance_max']:g}{baked}")
+        lines.append(f"teacher: {spec['teacher_name']} ({spec['teacher_sha256'][:10]})")
+    elif found["kind"] == "student":
+        lines.append("student: without a description; put it back with --attach-spec SPEC.json")
+    for name in ("missing", "extra", "misshapen", "damaged"):
+        if keys := found[name]:
+            shown = ", ".join(keys[:SHOWN]) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
+            lines.append(f"{name} keys: {shown}")
+    lines.append(f"sha256: {found['sha256']}")
+    return lines
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m toolkit.inspect",
+        description="Say what a file of weights is: family, kind, what it predicts, its student's "
+        "description, and which keys are missing, unknown, misshapen or damaged.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="a file of weights, or a diffusers folder")
+    parser.add_argument(
+        "--attach-spec", type=Path, metavar="SPEC.json", help="write this spec into the file first"
+    )
+    parser.add_argument("--json", action="store_true", help="everything, as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)

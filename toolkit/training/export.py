@@ -1,0 +1,380 @@
+"""Students in the forms that other programs open, each loaded back and compared before it gets its name.
+
+``checkpoint`` keeps the dial; ``baked`` folds one guidance into a bias, ``b1 <- b1 + W1 P e(w)``, exactly
+what the dial does at that w, and is a plain checkpoint; ``lora`` is that shift alone, as a patch;
+``diffusers`` is a folder for StableDiffusionPipeline, with the dial as ``time_cond_proj_dim``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from ..diffusion.errors import BadInput
+from ..diffusion.guidance import bias_shift, w_embedding
+from ..diffusion.spec import StudentSpec
+from ..runtime.files import atomic_path, load_tensors, read_spec, save_tensors
+from .checkpoint import Checkpoint, open_checkpoint, student_metadata, write_checkpoint
+from .layout import COND_PROJ, UNET_PREFIX, text_from_ldm, unet_from_ldm, vae_from_ldm
+from .sidecar import check_sidecar, is_ours, sidecar, sidecar_path
+from .vocabulary import save_tokenizer
+
+W1, B1 = UNET_PREFIX + "time_embed.0.weight", UNET_PREFIX + "time_embed.0.bias"
+LORA_DIFF = "lora_unet_time_embedding_linear_1.diff"
+LORA_DIFF_BIAS = "lora_unet_time_embedding_linear_1.diff_b"
+LORA_COND_PROJ = "fewstep.cond_proj.weight"
+
+UNET_FILE = Path("unet") / "diffusion_pytorch_model.safetensors"
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+"""Largest difference of the probe's answers that rounding to a dtype explains, relative to the largest
+answer."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """``difference``: largest one between the student's and the export's answers to a probe, in their units
+    (standard deviation about 1); ``notes``: sentences on what the hosts need."""
+
+    files: tuple[Path, ...]
+    difference: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A random network input; z: (B, C, h, w), timestep: (B,), text: (B, T, C), embedded w: (B, dim) or
+    None."""
+
+    z: Tensor
+    timestep: Tensor
+    text: Tensor
+    embedded: Tensor | None
+
+
+def export_checkpoint(student: Checkpoint, path: Path, *, dtype: torch.dtype | None = None) -> Exported:
+    """A single file with the dial, the VAE and the text encoder, in another dtype (default: as it is)."""
+    spec = _spec_of(student)
+    _check_output(student, path, suffix=".safetensors")
+    answers, probe = _answers(student)
+    tensors = _cast(_used(student), dtype)
+    with atomic_path(path, size=_bytes(tensors)) as partial:
+        write_checkpoint(partial, tensors=tensors, spec=spec, resolution=student.resolution)
+        found = open_checkpoint(partial)
+        difference = _compare(_answer(found.unet(), probe), answers, dtype=_dtype(tensors), path=path)
+        _same_tensors(found.tensors, tensors, path)
+    return Exported((path,), difference, _sampling_notes(spec))
+
+
+def export_baked(
+    student: Checkpoint, path: Path, *, guidance: float, dtype: torch.dtype | None = None
+) -> Exported:
+    """A plain checkpoint with one guidance_scale folded in: no dial, half of the evaluations of cfg."""
+    spec = _spec_with_dial(student, guidance)
+    _check_output(student, path, suffix=".safetensors")
+    check_sidecar(path)
+    answers, probe = _answers(student, guidance)
+    kept = _used(student)
+    bias = kept[B1].double() + _shift(student, spec, guidance)
+    tensors = _cast(
+        {key: value for key, value in kept.items() if key != COND_PROJ} | {B1: bias.float()}, dtype
+    )
+    tensors[B1] = bias.to(dtype or kept[B1].dtype)
+    baked = dataclasses.replace(spec, baked_guidance=guidance, guidance_default=guidance)
+    with atomic_path(path, size=_bytes(tensors)) as partial:
+        write_checkpoint(partial, tensors=tensors, spec=baked, resolution=student.resolution)
+        found = open_checkpoint(partial)
+        difference = _compare(_answer(found.unet(), probe), answers, dtype=_dtype(tensors), path=path)
+        _same_tensors(found.tensors, tensors, path)
+        yaml = _write_sidecar(student, path)
+    notes = (f"guidance {guidance:g} is folded in: use cfg 1 in hosts", *_sampling_notes(spec))
+    if yaml is None:
+        return Exported((path,), difference, notes)
+    return Exported((path, yaml), difference, (*notes, *_velocity_notes(yaml)))
+
+
+def export_lora(student: Checkpoint, path: Path, *, guidance: float) -> Exported:
+    """The shift of one guidance_scale as a patch of a few kilobytes, in the form of a LoRA file.
+
+    A fully trained student has no low-rank part, so the patch carries the dial and nothing else: it belongs
+    on this student's own weights in a host that does not know the dial, at strength 1.
+    """
+    spec = _spec_with_dial(student, guidance)
+    _check_output(student, path, suffix=".safetensors")
+    answers, probe = _answers(student, guidance)
+    tensors = {
+        LORA_DIFF: torch.zeros(student.tensors[W1].shape, dtype=torch.float16),
+        LORA_DIFF_BIAS: _shift(student, spec, guidance).float(),
+        LORA_COND_PROJ: student.tensors[COND_PROJ].float(),
+    }
+    lora = dataclasses.replace(spec, container="lora", baked_guidance=guidance, guidance_default=guidance)
+    with atomic_path(path, size=_bytes(tensors)) as partial:
+        save_tensors(tensors, student_metadata(lora, student.resolution), partial)
+        patch = load_tensors(partial)
+        kept = {key: value for key, value in student.tensors.items() if key != COND_PROJ}
+        kept[B1] = kept[B1].float() + patch[LORA_DIFF_BIAS]
+        patched = dataclasses.replace(student, tensors=kept)
+        difference = _compare(_answer(patched.unet(), probe), answers, dtype=torch.float32, path=path)
+    note = (
+        "this patch holds the guidance alone: add it at strength 1 to this student's own checkpoint in a "
+        "host that ignores the dial; on any other checkpoint it does nothing useful",
+        f"guidance {guidance:g} is in it: use cfg 1 in hosts",
+    )
+    return Exported((path,), difference, (*note, *_sampling_notes(spec)))
+
+
+def export_diffusers(student: Checkpoint, path: Path, *, dtype: torch.dtype | None = None) -> Exported:
+    """A folder that an unmodified StableDiffusionPipeline runs, its guidance_scale being the dial."""
+    spec = _spec_of(student)
+    _check_output(student, path, suffix="")
+    answers, probe = _answers(student)
+    tensors = _cast(_used(student), dtype)
+    with atomic_path(path, size=_bytes(tensors)) as partial:
+        with _quiet():
+            _write_folder(student, tensors, partial)
+            found = pipeline_class().from_pretrained(str(partial), local_files_only=True)
+        unet: Any = found.unet.float().eval()
+        difference = _compare(_answer(unet, probe), answers, dtype=_dtype(tensors), path=path)
+        _same_tensors(open_checkpoint(partial).tensors, tensors, path)
+        notes = _pipeline_notes(spec, found.scheduler)
+        del found
+    return Exported((path,), difference, notes)
+
+
+def pipeline_scheduler(spec: StudentSpec) -> DPMSolverMultistepScheduler:
+    """The stock scheduler that walks trailing grids exactly, ending on clean: DPM-Solver++ of order 1 is
+    DDIM."""
+    return DPMSolverMultistepScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=spec.prediction_type,
+        rescale_betas_zero_snr=spec.ztsnr,
+        solver_order=1,
+        algorithm_type="dpmsolver++",
+        final_sigmas_type="zero",
+        timestep_spacing="trailing",
+        steps_offset=1,
+    )
+
+
+def pipeline_class() -> Any:
+    """StableDiffusionPipeline, imported only where it is needed: that takes seconds and prints hints."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+    return StableDiffusionPipeline
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None, None, None]:
+    """Without the progress bars and hints that diffusers and transformers print on stderr."""
+    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
+
+
+def _write_folder(student: Checkpoint, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A diffusers folder of these single-file tensors, with the spec in the UNet file's metadata."""
+    spec = _spec_of(student)
+    parts = student.empty_networks()
+    latent = max(student.resolution) // student.downscale
+    parts["unet"].register_to_config(sample_size=latent)
+    parts["vae"].register_to_config(sample_size=max(student.resolution))
+    for name in ("unet", "vae"):
+        (path / name).mkdir(parents=True)
+        parts[name].save_config(str(path / name))
+    parts["text_encoder"].config.save_pretrained(str(path / "text_encoder"))
+    text = {f"text_model.{key}": value for key, value in text_from_ldm(tensors).items()}
+    metadata = {"format": "pt"}
+    save_tensors(
+        unet_from_ldm(tensors), metadata | student_metadata(spec, student.resolution), path / UNET_FILE
+    )
+    save_tensors(vae_from_ldm(tensors), metadata, path / "vae" / UNET_FILE.name)
+    save_tensors(text, metadata, path / "text_encoder" / "model.safetensors")
+    scheduler: Any = pipeline_scheduler(spec)
+    pipeline = pipeline_class()(
+        **parts,
+        tokenizer=student.tokenizer(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_config(str(path))
+    pipeline.scheduler.save_pretrained(str(path / "scheduler"))
+    save_tokenizer(pipeline.tokenizer, path / "tokenizer")
+
+
+def _write_sidecar(student: Checkpoint, path: Path) -> Path | None:
+    """The .yaml that a v-prediction checkpoint needs; of an earlier export, it is removed where it would
+    mislead."""
+    yaml = sidecar_path(path)
+    if student.prediction_type == "v_prediction":
+        with atomic_path(yaml) as partial:
+            partial.write_text(sidecar(student), encoding="utf-8")
+        return yaml
+    if is_ours(yaml):
+        yaml.unlink()
+    return None
+
+
+def _spec_of(student: Checkpoint) -> StudentSpec:
+    if student.spec is None:
+        what = "teacher" if student.kind == "teacher" else "student without fewstep.spec"
+        raise BadInput(
+            f"{student.path}: this is a {what}, and a student was expected; a lost spec is put back with "
+            "python -m toolkit.inspect FILE --attach-spec SPEC.json"
+        )
+    return student.spec
+
+
+def _spec_with_dial(student: Checkpoint, guidance: float) -> StudentSpec:
+    spec = _spec_of(student)
+    if spec.w_embedding is None or COND_PROJ not in student.tensors:
+        raise BadInput(f"{student.path}: this student has no guidance dial; export it with --to checkpoint")
+    try:
+        spec.check_guidance(guidance)
+    except BadInput as error:
+        raise BadInput(f"{student.path}: {error}") from None
+    return spec
+
+
+def _check_output(student: Checkpoint, path: Path, *, suffix: str) -> None:
+    """BadInput for a name that hosts would not find, and for overwriting what is no export of ours."""
+    if suffix and path.suffix.lower() != suffix:
+        raise BadInput(f"{path}: the file's name must end in {suffix}, or hosts do not list it")
+    if not path.exists():
+        return
+    if os.path.samefile(path, student.path):
+        raise BadInput(f"{path}: this is the student itself; write the export elsewhere")
+    try:
+        inner = path / UNET_FILE
+        ours = (read_spec(inner) if inner.exists() else None) if path.is_dir() else read_spec(path)
+    except BadInput:
+        ours = None
+    if ours is None or path.is_dir() != (suffix == ""):
+        raise BadInput(
+            f"{path}: this exists already and is no such export; write elsewhere or remove it first"
+        )
+
+
+def _used(student: Checkpoint) -> dict[str, Tensor]:
+    """What goes into an export: UNet, VAE and text encoder, without leftovers of training."""
+    return student.network_tensors() | student.carried()
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    return {
+        key: value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        for key, value in tensors.items()
+    }
+
+
+def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The coarsest dtype of the UNet's tensors, whose rounding the comparison must allow for."""
+    found = {value.dtype for key, value in tensors.items() if key.startswith(UNET_PREFIX)}
+    return max(found, key=lambda dtype: TOLERANCE.get(dtype, 0.0))
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in tensors.values())
+
+
+def _shift(student: Checkpoint, spec: StudentSpec, guidance: float) -> Tensor:
+    """float64 (E,): what the dial at this guidance adds to the first time-embedding bias."""
+    scale = spec.w_embedding.scale if spec.w_embedding is not None else 0.0
+    return bias_shift(student.tensors[W1], student.tensors[COND_PROJ], guidance - 1, scale=scale)
+
+
+def _answers(student: Checkpoint, guidance: float | None = None) -> tuple[Tensor, Probe]:
+    """The student's own answers, in float32, at its first and last timestep."""
+    spec = _spec_of(student)
+    unet = student.unet()
+    generator = torch.Generator().manual_seed(0)
+    side = 2 ** len(student.config("unet")["block_out_channels"])
+    length, width = (
+        student.config("text_encoder")["max_position_embeddings"],
+        unet.config["cross_attention_dim"],
+    )
+    dial = spec.w_embedding
+    scales = (guidance, guidance) if guidance is not None else (spec.guidance_default, spec.guidance_max)
+    probe = Probe(
+        z=torch.randn(2, unet.config["in_channels"], side, side, generator=generator),
+        timestep=torch.tensor([max(spec.timesteps), min(spec.timesteps)]),
+        text=torch.randn(2, length, width, generator=generator),
+        embedded=None
+        if dial is None
+        else w_embedding(torch.tensor(scales) - 1, dim=dial.dim, scale=dial.scale),
+    )
+    return _answer(unet, probe), probe
+
+
+@torch.no_grad()
+def _answer(unet: UNet2DConditionModel, probe: Probe) -> Tensor:
+    embedded = None if unet.config["time_cond_proj_dim"] is None else probe.embedded
+    return unet(probe.z, probe.timestep, probe.text, timestep_cond=embedded, return_dict=False)[0]
+
+
+def _compare(found: Tensor, expected: Tensor, *, dtype: torch.dtype, path: Path) -> float:
+    """The largest difference; BadInput if rounding to the dtype does not explain it."""
+    difference = float((found - expected).abs().max())
+    allowed = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) * float(expected.abs().max())
+    if not difference <= allowed:
+        raise BadInput(
+            f"{path}: loaded back, this export answers differently from the student (by {difference:.2g}, "
+            f"{allowed:.2g} is rounding), so it was not kept"
+        )
+    return difference
+
+
+def _same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """BadInput unless every tensor was read back bit for bit."""
+    for key, value in expected.items():
+        if key.endswith("position_ids"):
+            continue
+        if key not in found or not torch.equal(found[key].reshape(value.shape), value):
+            raise BadInput(f"{path}: loaded back, {key} differs from what was written, so it was not kept")
+
+
+def _sampling_notes(spec: StudentSpec) -> tuple[str, ...]:
+    timesteps = ", ".join(str(timestep) for timestep in spec.timesteps)
+    return (f"it is trained for {spec.steps} evaluations, at the timesteps {timesteps}",)
+
+
+def _velocity_notes(yaml: Path) -> tuple[str, ...]:
+    return (
+        "it predicts v: ComfyUI tells by its key v_pred; where it does not, put ModelSamplingDiscrete "
+        "(v_prediction) after the loader",
+        f"A1111 and Forge read {yaml.name}, which must stand beside the checkpoint",
+    )
+
+
+def _pipeline_notes(spec: StudentSpec, scheduler: Any) -> tuple[str, ...]:
+    scheduler.set_timesteps(spec.steps)
+    walks = spec.sampler == "deterministic" and spec.direction == "decode"
+    if walks and tuple(scheduler.timesteps.tolist()) == spec.timesteps:
+        return (f"StableDiffusionPipeline: num_inference_steps={spec.steps}, guidance_scale is the dial",)
+    return (
+        "stock diffusers can load this student, but its schedulers cannot walk its grid "
+        f"({spec.sampler}, timesteps {', '.join(str(timestep) for timestep in spec.timesteps)})",
+    )
