@@ -118,7 +118,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(arguments, call, tmp_path,
     call([*arguments, "--dry-run", "--json"])
     answer = json.loads(capsys.readouterr().out)
     assert [phase["name"] for phase in answer["plan"]["phases"]] == ["guided", "fold-2"]
-    assert [phase["evaluations"] for phase in answer["plan"]["phases"]] == [3 * 2 * 3, 3 * 2 * 3]
+    assert [phase["evaluations"] for phase in answer["plan"]["phases"]] == [3 * 2 * 3, 3 * 2 * 2]
     assert answer["plan"]["sample_evaluations"] == 6 * 16 * 2
     assert answer["plan"]["memory_bytes"] > 0 and answer["plan"]["seconds"] > 0
     assert answer["reasons"]["steps"] == "you" and answer["settings"]["updates"] == [3, 3]

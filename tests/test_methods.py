@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from toolkit.diffusion.denoiser import Guided
 from toolkit.diffusion.errors import BadInput
 from toolkit.diffusion.grid import Grid
 from toolkit.diffusion.method import Batch, Setting, draw_timesteps, truncated_snr_weight
+from toolkit.diffusion.solvers import roll
 from toolkit.methods import find_methods, options_of
 from toolkit.methods.progressive import Config, FoldLoss, phases
 
@@ -128,6 +130,35 @@ def test_rows_on_the_trajectory_start_from_its_points_and_the_others_from_noised
     )
     x = data.start(torch.tensor([499, 999, 700, 499]), schedule=SCHEDULE, generator=torch.Generator())
     assert bool((x[:2] == 5).all()) and not bool((x[2:] == 5).any())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_on_a_kept_trajectory_the_teacher_is_not_asked_and_a_perfect_student_has_zero_loss(steps):
+    class Silent(GaussianTeacher):
+        def __call__(self, x, sigma, *, cond, w=None):
+            raise AssertionError("the teacher was asked")
+
+    teacher, grid, kept = GaussianTeacher(), Grid.trailing(steps), Grid.trailing(16)
+    data = batch(256)
+    sigmas = [sigma.float().expand(256) for sigma in kept.sigmas(SCHEDULE)]
+    points = [torch.randn(256, 2, 3, 3, generator=torch.Generator().manual_seed(2)) * 14.6]
+    for sigma_t, sigma_s in pairwise(sigmas):
+        points.append(roll(teacher, points[-1], [sigma_t, sigma_s], cond=data.cond, w=None))
+    data = dataclasses.replace(
+        data,
+        x0=points[-1],
+        states=torch.stack(points[:-1], dim=1),
+        state_timesteps=kept.timesteps,
+        on_trajectory=torch.ones(256, dtype=torch.bool),
+    )
+    loss = FoldLoss(
+        grid=grid, finer=Grid.trailing(2 * steps), substeps=2, inside=0.3, schedule=SCHEDULE, guide=False
+    )
+    generator = torch.Generator().manual_seed(1)
+    values = loss(
+        student=PerfectStudent(teacher, grid, kept), teacher=Silent(), batch=data, generator=generator
+    )
+    assert values.max() < 1e-7
 
 
 def test_half_of_the_noised_rows_at_the_top_are_pure_noise_of_unit_variance():

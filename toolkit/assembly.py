@@ -49,6 +49,7 @@ from .training.samples import (
     make_image_samples,
     make_teacher_samples,
     scan_image_folder,
+    trajectory_steps,
 )
 from .training.settings import SMALL_PARAMETERS, Settings, phase_updates, resolve
 
@@ -204,7 +205,9 @@ def _latent_shape(settings: Settings, teacher: Teacher) -> tuple[int, int, int]:
     )
 
 
-def _request(settings: Settings, teacher: Teacher) -> TeacherSampleRequest | ImageFolderRequest:
+def _request(
+    settings: Settings, phases: Sequence[Phase], teacher: Teacher
+) -> TeacherSampleRequest | ImageFolderRequest:
     """What data this run needs, by content."""
     checkpoint = teacher.checkpoint
     if settings.data:
@@ -224,12 +227,13 @@ def _request(settings: Settings, teacher: Teacher) -> TeacherSampleRequest | Ima
         count=settings.pictures,
         seed=settings.seed,
         precision=settings.precision,
+        steps=trajectory_steps(max(len(phase.grid) for phase in phases)),
     )
 
 
 def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> Plan:
     """Measure the network briefly and add up what the run will cost."""
-    request = _request(settings, teacher)
+    request = _request(settings, phases, teacher)
     _require_parts(teacher.checkpoint)
     unet = teacher.checkpoint.unet(conditioned=True)
     text_config = teacher.checkpoint.config("text_encoder")
@@ -246,6 +250,7 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
         phases,
         _loop_settings(settings),
         costs,
+        on_trajectory=isinstance(request, TeacherSampleRequest),
         sample_evaluations=request.evaluations if not folder.exists() else 0,
         sample_bytes=request.bytes(_latent_shape(settings, teacher)),
         student_bytes=teacher.parameters * DTYPES[settings.dtype].itemsize
@@ -269,10 +274,10 @@ def _require_parts(checkpoint: Checkpoint) -> None:
     checkpoint.vae()
 
 
-def _make_samples(settings: Settings, teacher: Teacher) -> Samples:
+def _make_samples(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> Samples:
     """The run's data, from the cache where it is there already; the encoders are let go of afterwards."""
     checkpoint, device = teacher.checkpoint, torch.device(settings.device)
-    request = _request(settings, teacher)
+    request = _request(settings, phases, teacher)
     folder = request.folder(Path(settings.cache_dir))
     text_encoder = place(checkpoint.text_encoder(), device).eval()
 
@@ -325,7 +330,7 @@ def _spec(settings: Settings, checkpoint: Checkpoint, phase: Phase) -> StudentSp
 def run_all(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> dict[str, Any]:
     """Data, training, students, report; each goes on where it was left."""
     out, checkpoint = Path(settings.out), teacher.checkpoint
-    samples = _make_samples(settings, teacher)
+    samples = _make_samples(settings, phases, teacher)
 
     def finished(phase: Phase, state: dict[str, Tensor]) -> None:
         spec = _spec(settings, checkpoint, phase)
@@ -398,7 +403,9 @@ def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> st
         "student": f"{settings.steps} evaluations a picture, predicts {phases[-1].prediction_type}",
         "guidance": f"{low:g} to {high:g}, {settings.guidance_default:g} by default",
         "method": f"{settings.method}: " + ", ".join(f"{k} {v}" for k, v in settings.method_config.items()),
-        "data": "a folder of pictures" if settings.data else f"{settings.pictures} pictures of the teacher's own",
+        "data": "a folder of pictures"
+        if settings.data
+        else f"{settings.pictures} pictures of the teacher's own",
         "training": f"batch {settings.batch_size}, lr {settings.lr:g}, updates {settings.updates}",
         "seed": str(settings.seed),
         "computed in": f"{settings.precision} on {settings.device}",

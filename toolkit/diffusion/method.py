@@ -12,7 +12,7 @@ from torch import Tensor
 from .denoiser import Cond, Denoiser, Guided
 from .grid import Grid
 from .prediction import PredictionType
-from .schedule import NoiseSchedule, alpha, like
+from .schedule import CLEAN, NoiseSchedule, alpha, like
 from .solvers import start_noise
 
 
@@ -21,7 +21,8 @@ class Batch:
     """x0: (B, C, H, W) clean latents; cond: B rows; uncond: one row; w: (B,) guidance_scale - 1.
 
     ``states`` (B, K, C, H, W), where given, are points of the teacher's own trajectory to x0 at the timesteps
-    ``state_timesteps`` (descending) under the same w; ``on_trajectory`` (B,) says which rows start from them.
+    ``state_timesteps`` (descending) under the same w. The rows ``on_trajectory`` (B,) start from such points
+    and know where the teacher goes from there, so that it need not be asked again.
     """
 
     x0: Tensor
@@ -44,12 +45,34 @@ class Batch:
         x = self.x0 + like(sigma, noise) * noise
         pure = (torch.rand(len(x), generator=generator) < 0.5).to(x.device) & (timestep == len(schedule) - 1)
         x = torch.where(pure.reshape(-1, 1, 1, 1), start_noise(noise, sigma), x)
+        known, point = self.known(timestep)
+        return torch.where(known.reshape(-1, 1, 1, 1), point, x)
+
+    def rows(self, rows: Tensor) -> Batch:
+        """The batch of some rows, without their trajectories."""
+        cond = {name: value[rows] for name, value in self.cond.items()}
+        return Batch(x0=self.x0[rows], cond=cond, uncond=self.uncond, w=self.w[rows])
+
+    def known(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rows (B,) have their trajectory's point at the timesteps (B,), and the points (B, C, H, W).
+
+        The clean end, -1, is x0 itself. Where nothing is known the point means nothing.
+        """
         if self.states is None or self.on_trajectory is None:
-            return x
+            return torch.zeros_like(timestep, dtype=torch.bool), self.x0
+        kept = torch.tensor([*self.state_timesteps, CLEAN], device=timestep.device)
+        matches = timestep[:, None] == kept
+        points = torch.cat([self.states, self.x0[:, None].to(self.states)], dim=1)
+        point = points[torch.arange(len(timestep)), matches.int().argmax(1)].to(self.x0)
+        return matches.any(1) & self.on_trajectory, point
+
+    def snapped(self, timestep: Tensor) -> Tensor:
+        """The timesteps (B,), those of rows on the trajectory moved to the nearest point of it."""
+        if self.states is None or self.on_trajectory is None:
+            return timestep
         kept = torch.tensor(self.state_timesteps, device=timestep.device)
-        matches = (timestep[:, None] == kept) & self.on_trajectory[:, None]
-        point = self.states[torch.arange(len(x)), matches.int().argmax(1)].to(x)
-        return torch.where(matches.any(1).reshape(-1, 1, 1, 1), point, x)
+        nearest = kept[(timestep[:, None] - kept).abs().argmin(1)]
+        return torch.where(self.on_trajectory, nearest, timestep)
 
 
 class Loss(Protocol):
@@ -68,7 +91,8 @@ class Phase:
 
     ``teacher`` says who is imitated: "pair" is the original teacher with classifier-free guidance, "previous"
     the student of the phase before. ``teacher_evaluations`` counts network evaluations of the teacher a
-    sample and update (the pair counts two an evaluation of the guided denoiser).
+    sample and update (the pair counts two an evaluation of the guided denoiser), for samples on a trajectory
+    too if ``asks_always``.
     """
 
     name: str
@@ -77,6 +101,7 @@ class Phase:
     teacher: Literal["pair", "previous"]
     loss: Loss
     teacher_evaluations: int
+    asks_always: bool = False
     lr_scale: float = 1.0
 
 

@@ -93,8 +93,8 @@ class StudentSpec:
         values: dict[str, Any] = dict(found)  # type: ignore[reportUnknownArgumentType]
         if not isinstance(values.get("format"), int) or values["format"] > FORMAT:
             raise BadInput(
-                f"this student's file has format {values.get('format')}, and this FewStep reads formats up to "
-                f"{FORMAT}; update FewStep"
+                f"this student's file has format {values.get('format')}, and this FewStep reads formats "
+                f"up to {FORMAT}; update FewStep"
             )
         names = {f.name for f in fields(cls)}
         required = {"family", "prediction_type", "method", "timesteps", "teacher_sha256", "teacher_name"}

@@ -48,6 +48,7 @@ def phase(config: Config, setting: Setting) -> Phase:
         teacher="pair",
         loss=GuidedLoss(config, setting.schedule, setting.prediction_type),
         teacher_evaluations=2,
+        asks_always=True,
         lr_scale=1.5,
     )
 

@@ -3,7 +3,9 @@
 Meng et al. 2023, stage 2 (algorithm 2), after Salimans & Ho 2022. The student of N steps answers, at each
 entry of its grid, with the velocity whose single step lands where the teacher's steps landed
 (``chord_velocity``); the same w goes into every teacher step. Weight: truncated SNR, max(SNR, 1) on x0.
-Convention: trailing grids, the last step lands on exactly clean.
+Convention: trailing grids, the last step lands on exactly clean. Samples that lie on a kept trajectory of the
+original teacher learn to land on its own points: exact targets that cost no evaluation and carry no error of
+the phases before.
 
 ``origin`` says who is imitated first: "guided" runs stage 1 and halves from ``finest`` steps; "pair" skips
 both and makes one fold straight from the guided pair, ``substeps`` teacher steps into one.
@@ -11,6 +13,7 @@ both and makes one fold straight from the guided pair, ``substeps`` teacher step
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -99,18 +102,27 @@ class FoldLoss:
     def __call__(
         self, *, student: Denoiser, teacher: Denoiser, batch: Batch, generator: torch.Generator
     ) -> Tensor:
-        device = batch.x0.device
-        timestep = draw_timesteps(
-            self.grid.timesteps, len(batch.x0), inside=self.inside, generator=generator
-        ).to(device)
+        drawn = draw_timesteps(self.grid.timesteps, len(batch.x0), inside=self.inside, generator=generator)
+        timestep = batch.snapped(drawn.to(batch.x0.device))
         x = batch.start(timestep, schedule=self.schedule, generator=generator)
-        path = [self.schedule.sigma(t).float() for t in self.teacher_path(timestep)]
+        path = self.teacher_path(timestep)
+        sigma_t, sigma_s = (self.schedule.sigma(t).float() for t in (path[0], path[-1]))
         with torch.no_grad():
-            guide = guided_teacher(teacher, batch) if self.guide else teacher
-            landed = roll(guide, x, path, cond=batch.cond, w=batch.w)
-            target = chord_velocity(x, landed, path[0], path[-1])
-        found = student.velocity(x, path[0], cond=batch.cond, w=batch.w)
-        return truncated_snr_weight(path[0]) * velocity_error(found, target)
+            landed = self.landing(teacher, x, path, batch)
+            target = chord_velocity(x, landed, sigma_t, sigma_s)
+        found = student.velocity(x, sigma_t, cond=batch.cond, w=batch.w)
+        return truncated_snr_weight(sigma_t) * velocity_error(found, target)
+
+    def landing(self, teacher: Denoiser, x: Tensor, path: Sequence[Tensor], batch: Batch) -> Tensor:
+        """Where the teacher goes from x along the path: its kept trajectory's point, or by asking it."""
+        known, landed = batch.known(path[-1])
+        rows = (~known).nonzero()[:, 0]
+        if len(rows) == 0:
+            return landed
+        asked = batch.rows(rows)
+        guide = guided_teacher(teacher, asked) if self.guide else teacher
+        sigmas = [self.schedule.sigma(t[rows]).float() for t in path]
+        return landed.index_copy(0, rows, roll(guide, x[rows], sigmas, cond=asked.cond, w=asked.w))
 
     def teacher_path(self, timestep: Tensor) -> list[Tensor]:
         """substeps + 1 timesteps, each (B,), from the start to the lower end of its cell.

@@ -159,20 +159,29 @@ def make_plan(
     settings: LoopSettings,
     costs: Costs,
     *,
+    on_trajectory: bool,
     sample_evaluations: int,
     sample_bytes: int,
     student_bytes: int,
     files: Sequence[str],
 ) -> Plan:
-    """``sample_evaluations``: what is still to do for the data; ``student_bytes``: one student's file."""
+    """``on_trajectory``: the data has trajectories; ``sample_evaluations``: what is still to do for the data;
+    ``student_bytes``: one student's file.
+    """
+
+    def asked(phase: Phase) -> float:
+        """Teacher evaluations a sample and update; none for samples on a kept trajectory."""
+        share = 1.0 if phase.asks_always or not on_trajectory else 1 - settings.trajectory_share
+        return share * phase.teacher_evaluations
+
     rows = [
         PhasePlan(
             name=phase.name,
             updates=updates,
-            evaluations=updates * settings.batch_size * (phase.teacher_evaluations + 1),
+            evaluations=round(updates * settings.batch_size * (asked(phase) + 1)),
             seconds=updates
             * settings.batch_size
-            * (phase.teacher_evaluations * costs.evaluation_seconds + costs.training_seconds),
+            * (asked(phase) * costs.evaluation_seconds + costs.training_seconds),
         )
         for phase, updates in zip(phases, settings.updates, strict=True)
     ]

@@ -32,6 +32,8 @@ from .prompts import read_text
 log = logging.getLogger("fewstep")
 
 TEACHER_STEPS = 16
+"""DPM-Solver++ 2M steps of the teacher's own pictures, at least."""
+
 SHARD = 128
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -113,6 +115,11 @@ def draw_batch(
     )
 
 
+def trajectory_steps(finest: int) -> int:
+    """Steps of a trajectory that has a point at every entry of the finest grid (and so of those it nests)."""
+    return finest * -(-TEACHER_STEPS // finest)
+
+
 @dataclass(frozen=True)
 class TeacherSampleRequest:
     """All that the teacher's own pictures depend on."""
@@ -125,7 +132,7 @@ class TeacherSampleRequest:
     count: int
     seed: int
     precision: str
-    steps: int = TEACHER_STEPS
+    steps: int
 
     def folder(self, cache: Path) -> Path:
         return cache / f"teacher-{_key(asdict(self))}"

@@ -104,9 +104,9 @@ DEMO = Defaults(
         guidance=(1.0, 8.0),
         guidance_default=4.0,
         origin="pair",
-        substeps=4,
-        pictures=1024,
+        pictures=2048,
         updates=(900,),
+        trajectory_share=0.8,
     ),
     "the demo",
 )
