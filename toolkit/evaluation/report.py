@@ -25,6 +25,8 @@ from .evaluate import Row
 _CHART_WIDTH, _CHART_HEIGHT = 420, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 26
 _MOST_POINTS = 400
+_STROKES = {"faint": "#9cc4bf", "mean": "#2f6f68"}
+"""Where the page's style does not reach a chart, as in some previews."""
 
 _STYLE = """
 :root {
@@ -278,12 +280,12 @@ def _chart(points: Sequence[Mapping[str, Any]]) -> str:
 
     def line(values: Sequence[float], kind: str) -> str:
         where = " ".join(place(u, v) for u, v in zip(updates, values, strict=True))
-        return f'<polyline class="{kind}" points="{where}"/>'
+        return f'<polyline class="{kind}" points="{where}" fill="none" stroke="{_STROKES[kind]}"/>'
 
     marks = "".join(_mark(10**value, *place(0, value).split(",")) for value in (high, (low + high) / 2, low))
     foot = _CHART_HEIGHT - 8
     return (
-        f'<svg width="{_CHART_WIDTH}" height="{_CHART_HEIGHT}" role="img">'
+        f'<svg width="{_CHART_WIDTH}" height="{_CHART_HEIGHT}" role="img" font-size="11">'
         f"{marks}{line(losses, 'faint')}{line(_smoothed(losses), 'mean')}"
         f'<text x="{_LEFT}" y="{foot}">0</text>'
         f'<text x="{_CHART_WIDTH - _RIGHT}" y="{foot}" text-anchor="end">{last:,}</text></svg>'
@@ -293,7 +295,7 @@ def _chart(points: Sequence[Mapping[str, Any]]) -> str:
 def _mark(loss: float, x: str, y: str) -> str:
     """A horizontal line with its value."""
     return (
-        f'<line x1="{x}" x2="{_CHART_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>'
+        f'<line x1="{x}" x2="{_CHART_WIDTH - _RIGHT}" y1="{y}" y2="{y}" stroke="#e2dfd9"/>'
         f'<text x="{float(x) - 6}" y="{float(y) + 4}" text-anchor="end">{loss:.3g}</text>'
     )
 
