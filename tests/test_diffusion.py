@@ -173,8 +173,8 @@ def test_smooth_features_turn_by_at_most_one_radian_a_unit_of_w():
 
 def spec(**changes: object) -> StudentSpec:
     values = dict(
-        family="sd1", prediction_type="epsilon", method="progressive", timesteps=(999, 499), teacher_sha256="ab",
-        teacher_name="t",
+        family="sd1", prediction_type="epsilon", method="progressive", timesteps=(999, 499),
+        teacher_sha256="ab", teacher_name="t",
     )  # fmt: skip
     return StudentSpec(**{**values, **changes})  # type: ignore[arg-type]
 

@@ -42,8 +42,8 @@ def tiny_unet(conditioned: bool = True) -> UNet2DConditionModel:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=4, in_channels=4, out_channels=4, block_out_channels=(32,), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=16,
-        attention_head_dim=8, time_cond_proj_dim=256 if conditioned else None,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=16, attention_head_dim=8, time_cond_proj_dim=256 if conditioned else None,
     )  # fmt: skip
     return zero_cond_proj(unet) if conditioned else unet
 
@@ -64,8 +64,8 @@ def samples(count: int = 6) -> Samples:
 
 
 SETTINGS = LoopSettings(
-    updates=(4, 3), batch_size=4, micro_batch=3, lr=1e-3, warmup=1, clip=1.0, ema=0.9, seed=3, precision="fp32",
-    guidance=GuidanceRange(1, 8), trajectory_share=0.5,
+    updates=(4, 3), batch_size=4, micro_batch=3, lr=1e-3, warmup=1, clip=1.0, ema=0.9, seed=3,
+    precision="fp32", guidance=GuidanceRange(1, 8), trajectory_share=0.5,
 )  # fmt: skip
 
 

@@ -243,8 +243,8 @@ class PhaseTrainer:
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise BadInput(
-                f"the loss became {loss} at update {self.update} of phase {self.phase.name}; the last good state "
-                f"is kept in {self.job.out / 'state'}; start anew with a lower --lr (it was "
+                f"the loss became {loss} at update {self.update} of phase {self.phase.name}; the last good "
+                f"state is kept in {self.job.out / 'state'}; start anew with a lower --lr (it was "
                 f"{self.settings.lr:g})"
             )
 
