@@ -37,11 +37,26 @@ SELDOM = 8
 
 @dataclass(frozen=True, eq=False)
 class Yardstick:
-    """``real``: (M, F) the judge's features of real pictures; without a judge only PSNR and time are
-    measured."""
+    """``real``: (M, F) the judge's features of real pictures. Without a judge PSNR and time are measured.
+
+    Distances are in units of the real features' mean spread, so that their size is not the judge's choice.
+    """
 
     judge: Judge | None = None
     real: Tensor | None = None
+
+    @property
+    def unit(self) -> float:
+        """Mean standard deviation of the real features."""
+        return 1.0 if self.real is None else float(self.real.std(0).mean())
+
+    def see(self, images: Tensor) -> Tensor | None:
+        """Features (N, F), in units, of pictures (N, 3, H, W)."""
+        return None if self.judge is None else features(self.judge, images) / self.unit
+
+    def to_real(self, found: Tensor | None) -> float | None:
+        """Frechet distance from features in units to those of the real pictures."""
+        return None if self.real is None else _distance(found, self.real / self.unit)
 
 
 @dataclass(frozen=True)
@@ -202,7 +217,7 @@ class Evaluation:
             x0_hat, seconds = self.latents(cell, x0)
             painter = self._painter(cell)
             images = painter.decode(x0_hat)
-            found = None if judge is None else features(judge, images)
+            found = self.yardstick.see(images)
             to_teacher = _distance(found, reference_features)
             if cell.noise == "other":
                 floor = to_teacher
@@ -218,7 +233,7 @@ class Evaluation:
                 "strength": strength,
                 "samples": count,
                 "adherence": None if judge is None else adherence(judge, images, list(self.request.prompts)),
-                "frechet_real": _distance(found, self.yardstick.real),
+                "frechet_real": self.yardstick.to_real(found),
                 "frechet_teacher": to_teacher,
                 "frechet_ratio": None if to_teacher is None or not floor else to_teacher / floor,
                 "psnr_teacher": None if reference is None else float(psnr(images, reference).mean()),

@@ -203,8 +203,9 @@ def _legend(rows: Sequence[Row]) -> str:
     if any(row["adherence"] is not None for row in rows):
         said.append(
             "Adherence: share of the pictures in which a judge trained on real ones finds all that the "
-            "prompt says. FD: Fréchet distance of the judge's features, to real pictures and to the "
-            "teacher's. FD ratio: to that between two sets of the teacher's own from different noise."
+            "prompt says. FD: Fréchet distance of the judge's features, in units of their mean spread, to "
+            "real pictures and to the teacher's. FD ratio: to that between two sets of the teacher's own "
+            "from different noise."
         )
     return f'<p class="note">{" ".join(said)}</p>'
 
