@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from make_checkpoint import make_spec, make_student, make_teacher, make_tensors, make_tokenizer
+from test_files import without_folders
 from torch import Tensor
 
 from toolkit.diffusion.errors import BadInput
@@ -53,7 +54,7 @@ def sentence(path: Path, **choices: Any) -> str:
     with pytest.raises(BadInput) as caught:
         open_checkpoint(path, **choices)
     assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return without_folders(str(caught.value))
 
 
 def state(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -180,6 +181,8 @@ def test_the_folders_scheduler_says_what_is_predicted(make: Make, tmp_path: Path
     opened = open_checkpoint(folder)
     assert opened.prediction_type == "v_prediction" and opened.ztsnr
     assert float(opened.schedule.sigmas[-1]) > 4000
+    DDIMScheduler(beta_schedule="linear").save_pretrained(folder / "scheduler")
+    assert "beta_schedule is linear" in sentence(folder)
 
 
 def test_early_vae_and_text_encoder_names_are_read(

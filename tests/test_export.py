@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from make_checkpoint import make_spec, make_student, make_teacher, make_tokenizer
+from test_files import without_folders
 from torch import Tensor
 
 from toolkit import export as command
@@ -55,7 +56,7 @@ def said(call: Callable[..., Any], *arguments: Any, **named: Any) -> str:
     with pytest.raises(BadInput) as caught:
         call(*arguments, **named)
     assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return without_folders(str(caught.value))
 
 
 def test_the_dial_of_the_fixture_does_something(student: Checkpoint) -> None:
@@ -237,6 +238,11 @@ def test_what_cannot_be_exported_is_one_sentence(epsilon: Checkpoint, tmp_path: 
     undialled = dataclasses.replace(epsilon, tensors=plain, spec=make_spec(w_embedding=None))
     assert "no guidance dial" in said(export_baked, undialled, out, guidance=2.0)
     assert export_checkpoint(undialled, out).difference == 0
+    bias = torch.full_like(epsilon.tensors["first_stage_model.quant_conv.bias"], float("nan"))
+    damaged = dataclasses.replace(
+        epsilon, tensors={**epsilon.tensors, "first_stage_model.quant_conv.bias": bias}
+    )
+    assert "NaN" in said(export_checkpoint, damaged, out)
 
 
 def test_leftovers_of_training_stay_behind(epsilon: Checkpoint, tmp_path: Path) -> None:

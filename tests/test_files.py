@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from toolkit.runtime.files import (
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).reshape(2, 3),
-    "a.half": torch.tensor([1.5, -2.0, 3.0], dtype=torch.float16),
+    "a.half": torch.tensor([1.5, -2.0], dtype=torch.float16),
     "a.brain": torch.tensor([[1.5]], dtype=torch.bfloat16),
     "count": torch.tensor(7),
     "v_pred": torch.zeros(0),
@@ -54,12 +55,16 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+def without_folders(text: str) -> str:
+    """The sentence without the test's own folder, whose name has words of the test's name."""
+    return re.sub(r"\S*pytest-\S*/", "", text)
+
+
 def sentence(call: object, *arguments: object) -> str:
     with pytest.raises(BadInput) as caught:
         call(*arguments)  # type: ignore[operator]
-    text = str(caught.value)
-    assert "\n" not in text and text
-    return text
+    assert "\n" not in str(caught.value)
+    return without_folders(str(caught.value))
 
 
 def test_what_is_written_is_read_back_exactly_by_us_and_by_safetensors(file: Path) -> None:

@@ -33,8 +33,8 @@ def test_a_teacher_is_described(tmp_path: Path) -> None:
     path = make_teacher(tmp_path / "teacher.safetensors", dtype=torch.float16)
     found = describe(path)
     assert (found["kind"], found["family"], found["inpaint"]) == ("teacher", "sd1", False)
-    assert (found["prediction_type"], found["dtype"]) == ("epsilon", "float16")
-    assert found["channels"] == {"in": 4, "out": 4} and found["spec"] is None
+    assert (found["prediction_type"], found["dtype"]) == ("epsilon", "fp16")
+    assert (found["channels"], found["out_channels"]) == (4, 4) and found["spec"] is None
     assert found["sha256"] == sha256_of(path)
     assert found["parameters"]["total"] == sum(value.numel() for value in load_tensors(path).values())
     assert found["missing"] == found["extra"] == found["misshapen"] == found["damaged"] == []
@@ -54,7 +54,7 @@ def test_kinds_are_told_apart(student: Path, tmp_path: Path) -> None:
     assert baked["kind"] == "baked" and not baked["dial"] and baked["spec"]["baked_guidance"] == 4.0
     patch = describe(tmp_path / "patch.safetensors")
     assert patch["kind"] == "lora" and patch["family"] == "sd1" and patch["dial"]
-    assert describe(inpainting)["inpaint"] and describe(inpainting)["channels"]["in"] == 9
+    assert describe(inpainting)["inpaint"] and describe(inpainting)["channels"] == 9
     assert describe(tmp_path / "vae.safetensors")["kind"] == "vae"
     assert not describe(tmp_path / "vae.safetensors")["missing"]
 

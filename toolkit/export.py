@@ -33,8 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = _parser().parse_args(arguments)
     if asked.guidance is not None and asked.to in ("checkpoint", "diffusers"):
         raise BadInput(f"--guidance is folded in by --to baked and --to lora; {asked.to} keeps the dial")
-    if asked.dtype is not None and asked.to == "lora":
-        raise BadInput("--dtype is for whole models; --to lora writes a few numbers in float32")
     student = open_for_people(
         asked.student, tokenizer=asked.tokenizer, text_encoder=asked.text_encoder, vae=asked.vae
     )
@@ -64,7 +62,7 @@ def _export(student: Checkpoint, asked: argparse.Namespace) -> Exported:
     if asked.to == "baked":
         return export_baked(student, asked.output, guidance=guidance, dtype=dtype)
     if asked.to == "lora":
-        return export_lora(student, asked.output, guidance=guidance)
+        return export_lora(student, asked.output, guidance=guidance, dtype=dtype)
     return export_diffusers(student, asked.output, dtype=dtype)
 
 
@@ -79,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("student", type=Path, metavar="STUDENT", help="student.safetensors, or a student's diffusers folder")
     add("--to", required=True, choices=["checkpoint", "baked", "lora", "diffusers"], help="see below")
     add("--guidance", type=float, metavar="G", help="to fold in (baked, lora); default: the student's own")
-    add("--dtype", choices=sorted(DTYPES), help="of the weights; default: as they are in the student")
+    add("--dtype", choices=sorted(DTYPES), help="of the weights; default: the student's (lora: fp32)")
     add("--tokenizer", type=Path, metavar="DIR", help="folder with vocab.json and merges.txt (diffusers)")
     add("--text-encoder", type=Path, metavar="FILE", help="for files without one")
     add("--vae", type=Path, metavar="FILE", help="another autoencoder")

@@ -15,6 +15,7 @@ from torch import Tensor
 from .command import print_json, run
 from .diffusion.errors import BadInput
 from .diffusion.spec import StudentSpec
+from .opening import DTYPES
 from .runtime.files import read_metadata, sha256_of, spec_from, write_metadata
 from .training.checkpoint import (
     is_finite,
@@ -37,6 +38,9 @@ A spec is printed by --json under "spec"; save it before a merger drops it.
 """
 SHOWN = 5
 """Keys of a list that are printed for people."""
+
+
+_WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,7 +70,8 @@ def describe(path: Path) -> dict[str, Any]:
         "prediction_type": prediction_type_of(weights, spec) if diffusion or spec is not None else None,
         "ztsnr": ztsnr_of(weights, spec),
         "resolution": list(resolution_of(weights.metadata)) if diffusion else None,
-        "channels": {"in": _input_channels(found), "out": _output_channels(found)},
+        "channels": _input_channels(found),
+        "out_channels": _output_channels(found),
         "dtype": _dtype(found.tensors),
         "parameters": _parameters(found.tensors),
         "dial": COND_PROJ in found.tensors or "fewstep.cond_proj.weight" in found.tensors,
@@ -144,7 +149,7 @@ def _dtype(tensors: Mapping[str, Tensor]) -> str | None:
     counts: Counter[str] = Counter()
     for value in tensors.values():
         if value.is_floating_point():
-            counts[str(value.dtype).removeprefix("torch.")] += value.numel()
+            counts[_WORDS.get(value.dtype, str(value.dtype).removeprefix("torch."))] += value.numel()
     return counts.most_common(1)[0][0] if counts else None
 
 
@@ -158,11 +163,11 @@ def _parameters(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _lines(found: Mapping[str, Any]) -> list[str]:
     """The description for people."""
-    family, spec, channels = found["family"], found["spec"], found["channels"]
+    family, spec = found["family"], found["spec"]
     lines = [f"{found['file']}: {found['kind']}" + (f", {FAMILIES.get(family, family)}" if family else "")]
-    if channels["in"]:
-        purpose = INPUTS.get(channels["in"], "")
-        lines.append(f"input: {channels['in']} channels" + (f" ({purpose})" if purpose else ""))
+    if channels := found["channels"]:
+        purpose = INPUTS.get(channels, "")
+        lines.append(f"input: {channels} channels" + (f" ({purpose})" if purpose else ""))
         lines.append(
             f"predicts: {found['prediction_type']}" + (", zero-terminal SNR" if found["ztsnr"] else "")
         )

@@ -180,7 +180,9 @@ def atomic_path(path: Path, *, size: int = 0) -> Generator[Path, None, None]:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 in hexadecimal of a file, or of the files in a diffusers folder's ``unet`` in name order."""
-    files = sorted(file for file in (path / "unet").iterdir() if file.is_file()) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(f for f in (path / "unet").iterdir() if f.is_file() and not f.name.startswith("."))
     digest = hashlib.sha256()
     for name in files:
         with open(name, "rb") as file:

@@ -76,9 +76,7 @@ class Checkpoint:
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
-        said = self.configs.get("scheduler", {})
-        betas = {name: float(said[name]) for name in ("beta_start", "beta_end") if name in said}
-        schedule = NoiseSchedule.scaled_linear(**betas, timesteps=int(said.get("num_train_timesteps", 1000)))
+        schedule = NoiseSchedule.scaled_linear()
         return schedule.zero_terminal_snr() if self.ztsnr else schedule
 
     @property
@@ -209,6 +207,7 @@ def open_checkpoint(
     _replace_part(tensors, configs, "text_encoder", text_encoder)
     _replace_part(tensors, configs, "vae", vae)
     channels = _input_channels(path, tensors)
+    _check_schedule(path, configs.get("scheduler", {}))
     _check_parts(path, tensors, configs)
     spec = spec_from(weights.metadata, path)
     return Checkpoint(
@@ -347,6 +346,16 @@ def _input_channels(path: Path, tensors: Mapping[str, Tensor]) -> int:
             "checkpoints can be opened"
         )
     return channels
+
+
+def _check_schedule(path: Path, said: Config) -> None:
+    """BadInput for a folder whose scheduler has another noise schedule than Stable Diffusion's."""
+    ours = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    for name, value in {**ours, "num_train_timesteps": 1000, "trained_betas": None}.items():
+        if said.get(name, value) != value:
+            raise BadInput(
+                f"{path}: the scheduler's {name} is {said[name]}, and Stable Diffusion's {value} was expected"
+            )
 
 
 def _check_parts(path: Path, tensors: Mapping[str, Tensor], configs: Mapping[str, Config]) -> None:

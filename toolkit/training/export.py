@@ -26,7 +26,7 @@ from ..diffusion.errors import BadInput
 from ..diffusion.guidance import bias_shift, w_embedding
 from ..diffusion.spec import StudentSpec
 from ..runtime.files import atomic_path, load_tensors, read_spec, save_tensors
-from .checkpoint import Checkpoint, open_checkpoint, student_metadata, write_checkpoint
+from .checkpoint import Checkpoint, is_finite, open_checkpoint, student_metadata, write_checkpoint
 from .layout import COND_PROJ, UNET_PREFIX, text_from_ldm, unet_from_ldm, vae_from_ldm
 from .sidecar import check_sidecar, is_ours, sidecar, sidecar_path
 from .vocabulary import save_tokenizer
@@ -104,8 +104,10 @@ def export_baked(
     return Exported((path, yaml), difference, (*notes, *_velocity_notes(yaml)))
 
 
-def export_lora(student: Checkpoint, path: Path, *, guidance: float) -> Exported:
-    """The shift of one guidance_scale as a patch of a few kilobytes, in the form of a LoRA file.
+def export_lora(
+    student: Checkpoint, path: Path, *, guidance: float, dtype: torch.dtype | None = None
+) -> Exported:
+    """The shift of one guidance_scale as a patch of a megabyte, in the form of a LoRA file (default float32).
 
     A fully trained student has no low-rank part, so the patch carries the dial and nothing else: it belongs
     on this student's own weights in a host that does not know the dial, at strength 1.
@@ -118,6 +120,7 @@ def export_lora(student: Checkpoint, path: Path, *, guidance: float) -> Exported
         LORA_DIFF_BIAS: _shift(student, spec, guidance).float(),
         LORA_COND_PROJ: student.tensors[COND_PROJ].float(),
     }
+    tensors = _cast(tensors, dtype)
     lora = dataclasses.replace(spec, container="lora", baked_guidance=guidance, guidance_default=guidance)
     with atomic_path(path, size=_bytes(tensors)) as partial:
         save_tensors(tensors, student_metadata(lora, student.resolution), partial)
@@ -125,7 +128,9 @@ def export_lora(student: Checkpoint, path: Path, *, guidance: float) -> Exported
         kept = {key: value for key, value in student.tensors.items() if key != COND_PROJ}
         kept[B1] = kept[B1].float() + patch[LORA_DIFF_BIAS]
         patched = dataclasses.replace(student, tensors=kept)
-        difference = _compare(_answer(patched.unet(), probe), answers, dtype=torch.float32, path=path)
+        difference = _compare(
+            _answer(patched.unet(), probe), answers, dtype=dtype or torch.float32, path=path
+        )
     note = (
         "this patch holds the guidance alone: add it at strength 1 to this student's own checkpoint in a "
         "host that ignores the dial; on any other checkpoint it does nothing useful",
@@ -280,7 +285,11 @@ def _check_output(student: Checkpoint, path: Path, *, suffix: str) -> None:
 
 def _used(student: Checkpoint) -> dict[str, Tensor]:
     """What goes into an export: UNet, VAE and text encoder, without leftovers of training."""
-    return student.network_tensors() | student.carried()
+    tensors = student.network_tensors() | student.carried()
+    for key, value in tensors.items():
+        if not is_finite(value):
+            raise BadInput(f"{student.path}: the weights are damaged ({key} holds NaN or infinity)")
+    return tensors
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -48,9 +48,9 @@ INPUTS = {4: "", 9: "inpainting", 8: "InstructPix2Pix", 5: "depth", 7: "upscaler
 PREFIXES: dict[Part, str] = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, "text_encoder": TEXT_PREFIX}
 
 _UNUSED = re.compile(
-    r"model_ema\.|(sqrt_|log_)?(one_minus_)?(sqrt_)?(recip_|recipm1_|one_minus_)?alphas_cumprod|betas$|"
-    r"posterior_|logvar|lvlb_weights|alphas_|sqrt_|log_one_minus|first_stage_model\.loss\.|v_pred$|ztsnr$|"
-    r"cond_stage_model\.(logit_scale|.*position_ids$|.*text_projection)|global_step$"
+    r"(model_ema\.|first_stage_model\.loss\.|posterior_)|"
+    r"(betas|\w*alphas_cumprod(_prev)?|logvar|lvlb_weights|global_step|v_pred|ztsnr)$|"
+    r"cond_stage_model\.(logit_scale|.*position_ids|.*text_projection(\.weight)?)$"
 )
 """Keys that checkpoints carry and inference does not use: training buffers, the running average, markers."""
 
