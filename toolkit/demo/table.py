@@ -64,7 +64,8 @@ def measure(
 ) -> list[Row]:
     """The table: `prompt_count` captions, four noises each, the same in all rows; row one is drawings."""
     what = scenes(prompt_count, seed=seed)
-    what = Scenes({name: label.repeat_interleave(_EACH) for name, label in what.labels.items()})
+    spoken = {name: what.labels[name].repeat_interleave(_EACH) for name in SPOKEN}
+    what = Scenes({**scenes(prompt_count * _EACH, seed=seed + 2).labels, **spoken})
     texts = captions(what, seed=seed)
     real = judge.features(render(scenes(4096, seed=seed + 1), seed=seed + 1))
     unit = real.std(0).mean()
