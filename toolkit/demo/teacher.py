@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .autoencoder import SCALING_FACTOR, decode
+from ..diffusion.schedule import NoiseSchedule
 from .drawings import Scenes, captions
 from .vocabulary import LENGTH
 
@@ -78,12 +77,6 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def alphas_cumprod() -> Tensor:
-    """SD's scaled-linear schedule, float64 (1000,)."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
-    return (1 - betas).cumprod(0)
-
-
 def tokens(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> Tensor:
     """Padded token ids, int64 (B, LENGTH)."""
     padded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=LENGTH)
@@ -125,7 +118,7 @@ def train_teacher(
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["update"]
-    noise_levels = alphas_cumprod()
+    noise_levels = NoiseSchedule.scaled_linear().alphas_cumprod.float()
     snr = noise_levels / (1 - noise_levels)
     weights = (1 / (snr + 0.1) + 0.3 * snr.clamp(max=5) / snr).float()
     signal, spread = noise_levels.sqrt().float(), (1 - noise_levels).sqrt().float()
@@ -172,38 +165,3 @@ def train_teacher(
             if on_keep is not None:
                 on_keep(teacher, update + 1)
     return teacher
-
-
-@torch.no_grad()
-def sample(
-    teacher: Teacher, texts: list[str], *, steps: int, guidance_scale: float, seed: int, batch: int = 64
-) -> Tensor:
-    """Pictures (N, 3, 32, 32) in [0, 1] by DDIM (eta 0), trailing timesteps, landing on the clean latent."""
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(len(texts), 4, 8, 8, generator=generator)
-    levels = alphas_cumprod()
-    grid = [round(1000 - position * 1000 / steps) - 1 for position in range(steps)]
-    nothing = teacher.text(tokens(teacher.tokenizer, [""])).last_hidden_state
-    pictures: list[Tensor] = []
-    for begin in range(0, len(texts), batch):
-        z = start[begin : begin + batch]
-        cond = teacher.text(tokens(teacher.tokenizer, texts[begin : begin + batch])).last_hidden_state
-        for position, step in enumerate(grid):
-            level = float(levels[step])
-            below = float(levels[grid[position + 1]]) if position + 1 < steps else 1.0
-            noise = _guided(teacher.unet, z, step, cond, nothing, guidance_scale)
-            clean = (z - math.sqrt(1 - level) * noise) / math.sqrt(level)
-            z = math.sqrt(below) * clean + math.sqrt(1 - below) * noise
-        pictures.append(decode(teacher.vae, z / SCALING_FACTOR))
-    return torch.cat(pictures)
-
-
-def _guided(
-    unet: UNet2DConditionModel, z: Tensor, step: int, cond: Tensor, nothing: Tensor, guidance_scale: float
-) -> Tensor:
-    """Guided noise estimate (B, 4, 8, 8): e_u + g (e_c - e_u)."""
-    if guidance_scale == 1:
-        return unet(z, step, cond).sample
-    both = unet(torch.cat((z, z)), step, torch.cat((nothing.expand_as(cond), cond))).sample
-    without, with_caption = both.chunk(2)
-    return without + guidance_scale * (with_caption - without)
