@@ -210,6 +210,30 @@ def test_samples_are_looked_at_with_the_averaged_weights_and_training_goes_on_un
     assert equal(looked["fold-1"], undisturbed["fold-1"])
 
 
+def test_without_an_average_the_trained_weights_are_the_student_also_when_resumed(tmp_path):
+    settings = dataclasses.replace(SETTINGS, ema=0.0, updates=(3,), state_minutes=0)
+    work, whole = job(tmp_path / "whole")
+    work = dataclasses.replace(work, phases=work.phases[:1])
+    train(work, settings, device=CPU)
+    calls = 0
+
+    def killing(**arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise Killed
+        return work.phases[0].loss(**arguments)
+
+    again, resumed = job(tmp_path / "killed")
+    dying = dataclasses.replace(again, phases=[dataclasses.replace(work.phases[0], loss=killing)])
+    with pytest.raises(Killed):
+        train(dying, settings, device=CPU)
+    train(dataclasses.replace(again, phases=work.phases), settings, device=CPU)
+    assert equal(resumed["guided"], whole["guided"])
+    state = torch.load(tmp_path / "whole" / "state" / "phase-0.pt", weights_only=True)
+    assert equal(state, whole["guided"])
+
+
 def test_every_epoch_is_a_permutation_of_its_own():
     order = torch.cat([data_order(10, 4, update, seed=1) for update in range(5)])
     assert sorted(order[:10].tolist()) == sorted(order[10:].tolist()) == list(range(10))

@@ -129,7 +129,7 @@ def _parse() -> argparse.Namespace:
     add("--lr", type=float, help="learning rate")
     add("--warmup", type=int, metavar="N", help="updates to reach it in each phase (default: 100)")
     add("--clip", type=float, help="gradient norm at most (default: 1)")
-    add("--ema", type=float, help="memory of the averaged weights that are written")
+    add("--ema", type=float, help="memory of the averaged weights that are written; 0: no average")
     add(
         "--trajectory-share",
         type=float,

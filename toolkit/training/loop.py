@@ -162,7 +162,9 @@ class PhaseTrainer:
         if sum(p.numel() for p in self.unet.parameters()) > CHECKPOINT_GRADIENTS_ABOVE:
             self.unet.enable_gradient_checkpointing()
         freeze_fast_features(self.unet, device)
-        self.average = {name: value.detach().clone() for name, value in self.unet.state_dict().items()}
+        self.average = {name: value.detach() for name, value in self.unet.state_dict().items()}
+        if settings.ema:
+            self.average = {name: value.clone() for name, value in self.average.items()}
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0
         )
@@ -250,7 +252,9 @@ class PhaseTrainer:
 
     @torch.no_grad()
     def _average_weights(self) -> None:
-        """Exponential average whose memory grows from the start to ``ema``."""
+        """Exponential average whose memory grows from the start to ``ema``; 0 keeps no copy at all."""
+        if not self.settings.ema:
+            return
         decay = min(self.settings.ema, (1 + self.update) / (10 + self.update))
         for name, value in self.unet.state_dict().items():
             self.average[name].lerp_(value, 1 - decay)
@@ -265,6 +269,8 @@ class PhaseTrainer:
         self._swap()
 
     def _swap(self) -> None:
+        if not self.settings.ema:
+            return
         for name, parameter in self.unet.named_parameters():
             parameter.data, self.average[name] = self.average[name], parameter.data
 
@@ -288,7 +294,7 @@ class PhaseTrainer:
             "phase": self.index,
             "update": self.update,
             "student": self.unet.state_dict(),
-            "average": self.average,
+            "average": self.average if self.settings.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
@@ -297,7 +303,8 @@ class PhaseTrainer:
         """Take up a state of this phase."""
         self.update = saved["update"]
         self.unet.load_state_dict(saved["student"])
-        self.average = {name: value.to(self.device) for name, value in saved["average"].items()}
+        if self.settings.ema:
+            self.average = {name: value.to(self.device) for name, value in saved["average"].items()}
         self.optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])

@@ -185,12 +185,14 @@ def make_plan(
         )
         for phase, updates in zip(phases, settings.updates, strict=True)
     ]
+    # student, gradients, two moments of Adam, average, teacher
     teacher_bytes = 4 if settings.precision == "fp32" else 2
     return Plan(
         phases=tuple(rows),
         sample_evaluations=sample_evaluations,
         sample_seconds=sample_evaluations * costs.evaluation_seconds,
-        memory_bytes=costs.parameters * (4 + 4 + 8 + 4 + teacher_bytes) + costs.activation_bytes,
+        memory_bytes=costs.parameters * (4 + 4 + 8 + (4 if settings.ema else 0) + teacher_bytes)
+        + costs.activation_bytes,
         disk={
             "samples": sample_bytes,
             "students": student_bytes * (len(phases) + 1),
