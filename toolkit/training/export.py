@@ -244,10 +244,11 @@ def _write_sidecar(student: Checkpoint, path: Path) -> Path | None:
 
 
 def _spec_of(student: Checkpoint) -> StudentSpec:
+    if student.kind == "teacher":
+        raise BadInput(f"{student.path}: this is a teacher, and a student was expected")
     if student.spec is None:
-        what = "teacher" if student.kind == "teacher" else "student without fewstep.spec"
         raise BadInput(
-            f"{student.path}: this is a {what}, and a student was expected; a lost spec is put back with "
+            f"{student.path}: this student's description (fewstep.spec) is lost; put it back with "
             "python -m toolkit.inspect FILE --attach-spec SPEC.json"
         )
     return student.spec

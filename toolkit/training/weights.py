@@ -5,6 +5,7 @@ Nothing is copied into memory here: safetensors and today's pickles are memory-m
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import re
@@ -128,7 +129,7 @@ def _weight_files(path: Path, pattern: str) -> list[Path]:
 def _pickled_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a .ckpt or .bin, unwrapped from training state; code in the pickle is refused, never run."""
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with _harmless_classes():
             found: Any = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
@@ -150,6 +151,13 @@ def _pickled_tensors(path: Path) -> dict[str, Tensor]:
         raise BadInput(f"{path}: this pickle holds no named tensors, so it is no checkpoint")
     values = cast(dict[Any, Any], found)
     return {str(key): value for key, value in values.items() if isinstance(value, Tensor)}
+
+
+def _harmless_classes() -> contextlib.AbstractContextManager[None]:
+    """Allows the names in pickles that are never called; torch before 2.6 cannot, and refuses such files."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+        return contextlib.nullcontext()
+    return torch.serialization.safe_globals(_HARMLESS)
 
 
 def _todays_vae_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
