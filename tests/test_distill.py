@@ -185,6 +185,8 @@ def test_a_config_file_says_the_same_as_flags_and_flags_win(arguments, call, tmp
         (["--lr", "0"], "--lr 0.0: expected a number above 0"),
         (["--resume"], "holds no run to go on with"),
         (["--finest", "0"], "must be at least 1"),
+        (["--cache-dir", __file__ + "/cache"], "choose another --cache-dir"),
+        (["--out", __file__ + "/out"], "cannot be written"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(arguments, call, tmp_path, extra, sentence):

@@ -55,11 +55,19 @@ def main() -> None:
                     {"plan": plan.to_json(), "settings": dataclasses.asdict(settings), "reasons": reasons}
                 )
             return
+        _make_cache(Path(settings.cache_dir))
         with atomic_path(out / "config.toml") as temporary:
             temporary.write_text(to_toml(settings), encoding="utf-8")
     answer = run_all(settings, phases, teacher)
     if options.json:
         print_json(answer)
+
+
+def _make_cache(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be made ({error.strerror}); choose another --cache-dir") from None
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -318,7 +318,6 @@ def _texts(
     row_of = {prompt: row for row, prompt in reversed(list(enumerate(different)))}
     path = folder / "texts.safetensors"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         save_tensors({"texts": encode(different).half()}, {}, path)
     return load_tensors(path)["texts"], torch.tensor([row_of[prompt] for prompt in prompts])
 
