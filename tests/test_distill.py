@@ -159,6 +159,9 @@ def test_a_config_file_says_the_same_as_flags_and_flags_win(arguments, call, tmp
     assert (tmp_path / "copy/student.safetensors").read_bytes() == (
         tmp_path / "run/student.safetensors"
     ).read_bytes()
+    with pytest.raises(BadInput, match='steps = "four"; expected a whole number'):
+        written.write_text('steps = "four"\n', encoding="utf-8")
+        call(["--config", str(written)])
     with pytest.raises(BadInput, match="unknown key stepz"):
         written.write_text("stepz = 3\n", encoding="utf-8")
         call(["--config", str(written)])

@@ -84,6 +84,10 @@ class Teacher:
             raise BadInput(
                 f"{path}: this is a {checkpoint.kind}; give the checkpoint that it was distilled from"
             )
+        if checkpoint.inpaint:
+            raise BadInput(
+                f"{path}: this is an inpainting checkpoint, which cannot be distilled yet; give a plain one"
+            )
         return cls(demo=bool(values.get("demo")), checkpoint=checkpoint)
 
     @property
@@ -315,6 +319,7 @@ def _spec(settings: Settings, checkpoint: Checkpoint, phase: Phase) -> StudentSp
     return StudentSpec(
         family=checkpoint.family,
         prediction_type=phase.prediction_type,
+        ztsnr=checkpoint.ztsnr,
         method=settings.method,
         timesteps=phase.grid.timesteps,
         teacher_sha256=checkpoint.sha256,

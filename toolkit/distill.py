@@ -16,7 +16,7 @@ import logging
 import signal
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .assembly import Teacher, phases_of, plan_run, run_all, settle
 from .command import print_json, run
@@ -188,10 +188,10 @@ def _config_file(options: argparse.Namespace) -> dict[str, Any]:
     return read_config(Path(options.config), _known(find_methods()[options.method or "progressive"]))
 
 
-def _known(method: ModuleType) -> set[str]:
-    """Every key that a config file may hold."""
-    names = {field.name for field in dataclasses.fields(Settings)} - {"method_config"}
-    return names | {option.name for option in options_of(method)}
+def _known(*methods: ModuleType) -> dict[str, Any]:
+    """Every key that a config file may hold, and its type."""
+    kinds = {name: kind for name, kind in get_type_hints(Settings).items() if name != "method_config"}
+    return kinds | {option.name: option.kind for method in methods for option in options_of(method)}
 
 
 def _stored(options: argparse.Namespace) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _stored(options: argparse.Namespace) -> dict[str, Any]:
         raise BadInput(
             f"{out} holds no run to go on with (no config.toml in it); name the run's folder by --out"
         )
-    values = read_config(path, set().union(*(_known(method) for method in find_methods().values())))
+    values = read_config(path, _known(*find_methods().values()))
     for name, value in vars(options).items():
         if value is None or name in NOT_SETTINGS or name == "out":
             continue

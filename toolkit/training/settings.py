@@ -170,16 +170,47 @@ def parse_resolution(text: str) -> tuple[int, int]:
     return numbers[0], numbers[-1]
 
 
-def read_config(path: Path, known: set[str]) -> dict[str, Any]:
-    """The values of a TOML file; keys as on the command line, with - or _."""
+def read_config(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a TOML file; ``known``: the type of each option, named as on the command line, with -
+    or _.
+    """
     try:
         values = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"{path}: not a TOML file ({error}); see --help for the keys") from None
     named = {key.replace("-", "_"): value for key, value in values.items()}
-    if unknown := sorted(set(named) - known):
+    if unknown := sorted(set(named) - set(known)):
         raise BadInput(f"{path}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    for name, value in named.items():
+        if not _is_of_kind(value, known[name]):
+            raise BadInput(
+                f"{path}: {name} = {json.dumps(value)}; expected {_KIND_WORDS.get(known[name], 'text')}"
+            )
     return named
+
+
+_KIND_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple[int, ...]: "a list of whole numbers",
+    tuple[float, float]: "a list of two numbers",
+}
+
+
+def _is_of_kind(value: Any, kind: Any) -> bool:
+    """Whether a TOML value can stand for an option of this type; everything but numbers and lists is text."""
+    if kind is bool:
+        return isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind == tuple[int, ...]:
+        return isinstance(value, list) and all(_is_of_kind(item, int) for item in value)
+    if kind == tuple[float, float]:
+        return isinstance(value, list) and len(value) == 2 and all(_is_of_kind(item, float) for item in value)
+    return isinstance(value, str)
 
 
 def to_toml(settings: Settings) -> str:
