@@ -8,7 +8,6 @@ the run stands.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -35,7 +34,7 @@ from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import NoiseSchedule
 from ..runtime.files import atomic_path
 from .networks import denoiser, place
-from .samples import GuidanceRange, Samples, draw_batch
+from .samples import GuidanceRange, Samples, derived_seed, draw_batch
 
 log = logging.getLogger("fewstep")
 
@@ -318,11 +317,6 @@ def freeze_fast_features(unet: UNet2DConditionModel, device: torch.device) -> No
         return gradient * mask
 
     unet.get_parameter("time_embedding.cond_proj.weight").register_hook(hook)
-
-
-def derived_seed(*numbers: int) -> int:
-    """A 63-bit seed that depends on all the numbers."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1
 
 
 def data_order(samples: int, batch: int, update: int, *, seed: int) -> Tensor:

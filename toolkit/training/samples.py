@@ -187,7 +187,7 @@ def _sample_part(
     sigmas: Tensor,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    seeds = [request.seed * 1_000_003 + int(n) for n in numbers]
+    seeds = [derived_seed(request.seed, int(n)) for n in numbers]
     sigma_0 = float(sigmas[0])
     x = torch.cat([initial_latent((1, *request.shape), seed=s, sigma=sigma_0) for s in seeds]).to(device)
     draw = torch.Generator().manual_seed(seeds[0])
@@ -223,6 +223,11 @@ class ImageFolderRequest:
 
     def folder(self, cache: Path) -> Path:
         return cache / f"images-{_key(asdict(self))}"
+
+
+def derived_seed(*numbers: int) -> int:
+    """A 63-bit seed that depends on all the numbers, and is none that a person types for a picture."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1
 
 
 def scan_image_folder(folder: Path) -> tuple[tuple[str, str, str], ...]:
