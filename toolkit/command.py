@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -19,7 +18,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     resumable.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         sys.exit(main() or DONE)
     except BadInput as error:

@@ -222,7 +222,7 @@ def open_checkpoint(
         resolution=resolution_of(weights.metadata),
         tensors=tensors,
         configs=configs,
-        tokenizer_from=None if tokenizer is None else "hub" if tokenizer == "hub" else Path(tokenizer),
+        tokenizer_from=None if tokenizer is None else "hub" if str(tokenizer) == "hub" else Path(tokenizer),
     )
 
 
