@@ -49,8 +49,8 @@ h2 { font-size: 1.2rem; margin: 44px 0 12px; }
 p { margin: 0 0 12px; max-width: 76ch; }
 .verdict { font-size: 1.1rem; border-left: 4px solid var(--accent); padding: 4px 0 4px 16px; margin: 20px 0; }
 figure { margin: 0 0 28px; }
-figure .paper { background: #fff; padding: 8px; overflow-x: auto; }
-figure img { display: block; max-width: none; }
+figure .paper { background: #fff; padding: 8px; }
+figure img { display: block; max-width: 100%; height: auto; }
 figcaption, .note { color: var(--soft); font-size: 0.9rem; margin-top: 8px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
