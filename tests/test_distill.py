@@ -213,7 +213,7 @@ def test_another_run_is_not_overwritten_and_resuming_keeps_its_settings(argument
         call(arguments)
     with pytest.raises(BadInput, match=r"--steps 4 was asked for, but the run in .* has 2"):
         call(["--resume", "--out", str(tmp_path / "run"), "--steps", "4"])
-    call(["--resume", "--out", str(tmp_path / "run")])
+    call([*arguments, "--resume"])
     assert (tmp_path / "run" / "student.safetensors").read_bytes() == before
 
 

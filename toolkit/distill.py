@@ -206,6 +206,8 @@ def _stored(options: argparse.Namespace) -> dict[str, Any]:
     for name, value in vars(options).items():
         if value is None or name in NOT_SETTINGS or name == "out":
             continue
+        if name == "updates" and len(value) == 1:
+            value = value * len(values[name])
         if name in values and _plain(values[name]) != _plain(value):
             raise BadInput(
                 f"--{name.replace('_', '-')} {value} was asked for, but the run in {out} has {values[name]}; "
