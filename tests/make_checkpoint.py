@@ -123,7 +123,8 @@ def make_spec(**changes: Any) -> StudentSpec:
 
 def make_teacher(path: Path, **choices: Any) -> Path:
     """Write a random teacher; choices as in :func:`make_tensors`."""
-    save_tensors(make_tensors(**choices), {"modelspec.resolution": "32x32"}, path)
+    size = "512x512" if choices.get("shape") == "sd15" else "32x32"
+    save_tensors(make_tensors(**choices), {"modelspec.resolution": size}, path)
     return path
 
 
