@@ -162,6 +162,9 @@ def test_a_config_file_says_the_same_as_flags_and_flags_win(arguments, call, tmp
     with pytest.raises(BadInput, match='steps = "four"; expected a whole number'):
         written.write_text('steps = "four"\n', encoding="utf-8")
         call(["--config", str(written)])
+    with pytest.raises(BadInput, match="top_share: not an option of method progressive"):
+        written.write_text("top_share = 0.1\n", encoding="utf-8")
+        call(["--config", str(written), *arguments])
     with pytest.raises(BadInput, match="unknown key stepz"):
         written.write_text("stepz = 3\n", encoding="utf-8")
         call(["--config", str(written)])

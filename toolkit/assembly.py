@@ -135,6 +135,8 @@ def settle(
         o.name: values.pop(o.name, o.default) for o in options_of(find_methods()[values["method"]])
     }
     names = {f.name for f in dataclasses.fields(Settings)}
+    if foreign := sorted((set(given) | set(config)) - names - set(options)):
+        raise BadInput(f"{', '.join(foreign)}: not an option of method {values['method']}; leave it out")
     draft = {name: value for name, value in values.items() if name in names}
     draft.update(updates=(), method_config=options)
     settings = Settings(**draft)

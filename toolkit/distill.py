@@ -15,7 +15,6 @@ import json
 import logging
 import signal
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .assembly import Teacher, phases_of, plan_run, run_all, settle
@@ -185,12 +184,13 @@ def _parse() -> argparse.Namespace:
 def _config_file(options: argparse.Namespace) -> dict[str, Any]:
     if options.config is None:
         return {}
-    return read_config(Path(options.config), _known(find_methods()[options.method or "progressive"]))
+    return read_config(Path(options.config), _known())
 
 
-def _known(*methods: ModuleType) -> dict[str, Any]:
+def _known() -> dict[str, Any]:
     """Every key that a config file may hold, and its type."""
     kinds = {name: kind for name, kind in get_type_hints(Settings).items() if name != "method_config"}
+    methods = find_methods().values()
     return kinds | {option.name: option.kind for method in methods for option in options_of(method)}
 
 
@@ -202,7 +202,7 @@ def _stored(options: argparse.Namespace) -> dict[str, Any]:
         raise BadInput(
             f"{out} holds no run to go on with (no config.toml in it); name the run's folder by --out"
         )
-    values = read_config(path, _known(*find_methods().values()))
+    values = read_config(path, _known())
     for name, value in vars(options).items():
         if value is None or name in NOT_SETTINGS or name == "out":
             continue
@@ -232,7 +232,7 @@ def _default_out(options: argparse.Namespace) -> Path:
 def _print_plan(plan: Plan, settings: Settings, reasons: dict[str, str]) -> None:
     log.info("%s", plan.text())
     for name, value in {**dataclasses.asdict(settings), **settings.method_config}.items():
-        if name != "method_config" and value is not None:
+        if name not in ("method_config", "demo") and value is not None:
             log.info("  %-18s %-24s %s", name, _plain(value), reasons.get(name, "the method"))
 
 
