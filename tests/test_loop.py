@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
@@ -115,6 +116,19 @@ def test_a_run_trains_every_phase_and_leaves_a_student_of_each(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
     assert {"time", "phase", "update", "loss", "lr", "images_per_second", "eta_seconds"} <= lines[-1].keys()
     assert [(line["phase"], line["update"]) for line in lines] == [("guided", 4), ("fold-1", 3)]
+
+
+def test_a_run_in_bf16_keeps_float32_weights_and_learns_about_the_same(tmp_path):
+    losses: dict[str, list[float]] = {}
+    for precision in ("fp32", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        work, students = job(tmp_path / precision)
+        train(work, dataclasses.replace(SETTINGS, precision=precision), device=CPU)
+        assert {value.dtype for value in students["fold-1"].values()} == {torch.float32}
+        lines = (tmp_path / precision / "run.jsonl").read_text().splitlines()
+        losses[precision] = [json.loads(line)["loss"] for line in lines]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05) and losses["bf16"] != losses["fp32"]
 
 
 class Killed(Exception):

@@ -26,14 +26,14 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
 
-from ..diffusion.denoiser import NetworkDenoiser
+from ..diffusion.denoiser import Cond, Network, NetworkDenoiser
 from ..diffusion.errors import BadInput
 from ..diffusion.guidance import smooth_features
 from ..diffusion.method import Phase
 from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import NoiseSchedule
 from ..runtime.files import atomic_path
-from .networks import denoiser, place
+from .networks import denoiser, place, unet_network
 from .samples import GuidanceRange, Samples, derived_seed, draw_batch
 
 log = logging.getLogger("fewstep")
@@ -167,7 +167,9 @@ class PhaseTrainer:
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0
         )
-        self.student = denoiser(self.unet, schedule=job.schedule, prediction_type=self.phase.prediction_type)
+        self.student = NetworkDenoiser(
+            autocast(unet_network(self.unet), accelerator), job.schedule, self.phase.prediction_type
+        )
 
     def _frozen_teacher(self, previous: dict[str, Tensor] | None) -> NetworkDenoiser:
         """The original teacher, or the previous student read in the previous phase's prediction type."""
@@ -226,10 +228,9 @@ class PhaseTrainer:
                 generator=generator,
                 device=self.device,
             )
-            with self.accelerator.autocast():
-                losses = self.phase.loss(
-                    student=self.student, teacher=self.teacher, batch=batch, generator=generator
-                )
+            losses = self.phase.loss(
+                student=self.student, teacher=self.teacher, batch=batch, generator=generator
+            )
             loss = losses.sum() / settings.batch_size
             self.accelerator.backward(loss)
             total += float(loss.detach())
@@ -307,6 +308,16 @@ class PhaseTrainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
+
+
+def autocast(network: Network, accelerator: Accelerator) -> Network:
+    """The network computing in the run's precision; what is done with its output stays in float32."""
+
+    def call(z: Tensor, timestep: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        with accelerator.autocast():
+            return network(z, timestep, cond, w)
+
+    return call
 
 
 def freeze_fast_features(unet: UNet2DConditionModel, device: torch.device) -> None:
