@@ -385,7 +385,8 @@ def _looker(settings: Settings, teacher: Teacher) -> Callable[[str, NetworkDenoi
             device=settings.device,
         )
         rows = [list(painter.paint(prompts, seeds=range(len(prompts)), guidance=scale)) for scale in scales]
-        labels = [f"{len(phase.grid)} steps, guidance {scale:g}" for scale in scales]
+        steps = "1 step" if len(phase.grid) == 1 else f"{len(phase.grid)} steps"
+        labels = [f"{steps}, guidance {scale:g}" for scale in scales]
         save_png(grid(rows, rows=labels, columns=prompts), Path(settings.out) / "samples" / f"{name}.png")
 
     return look
