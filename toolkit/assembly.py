@@ -406,9 +406,10 @@ def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> st
         shown = _showcase(settings, phases, teacher)
     curves = [json.loads(line) for line in (out / "run.jsonl").read_text(encoding="utf-8").splitlines()]
     low, high = settings.guidance
+    plural = "s" if settings.steps > 1 else ""
     facts = {
         "teacher": f"{teacher.checkpoint.name}, SHA-256 {teacher.checkpoint.sha256[:12]}",
-        "student": f"{settings.steps} evaluations a picture, predicts {phases[-1].prediction_type}",
+        "student": f"{settings.steps} evaluation{plural} a picture, predicts {phases[-1].prediction_type}",
         "guidance": f"{low:g} to {high:g}, {settings.guidance_default:g} by default",
         "method": f"{settings.method}: " + ", ".join(f"{k} {v}" for k, v in settings.method_config.items()),
         "data": "a folder of pictures"
@@ -420,7 +421,7 @@ def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> st
     }
     write_report(
         out / "report.html",
-        title=f"{teacher.checkpoint.name} in {settings.steps} step{'s' if settings.steps > 1 else ''}",
+        title=f"{teacher.checkpoint.name} in {settings.steps} step{plural}",
         facts=facts,
         pictures=shown.pictures,
         rows=shown.rows,
