@@ -36,7 +36,6 @@ from .methods import find_methods, options_of
 from .opening import open_for_people
 from .runtime.files import atomic_path
 from .training.checkpoint import Checkpoint, save_student
-from .training.layout import UNET_PREFIX
 from .training.loop import DTYPES, Job, LoopSettings, train
 from .training.networks import denoiser, encode_images, encode_texts, place
 from .training.plan import Plan, make_plan, measure
@@ -55,7 +54,7 @@ from .training.settings import SMALL_PARAMETERS, Settings, phase_updates, resolv
 
 log = logging.getLogger("fewstep")
 
-DEMO_SAMPLES = 256
+DEMO_SAMPLES = 192
 """Pictures of each model that the demo's report measures."""
 
 
@@ -91,12 +90,6 @@ class Teacher:
         return cls(demo=bool(values.get("demo")), checkpoint=checkpoint)
 
     @property
-    def parameters(self) -> int:
-        """Of the UNet."""
-        tensors = self.checkpoint.tensors
-        return sum(tensor.numel() for key, tensor in tensors.items() if key.startswith(UNET_PREFIX))
-
-    @property
     def cell(self) -> int:
         """Pixels that a picture's sides must be multiples of."""
         levels = len(self.checkpoint.config("unet")["block_out_channels"])
@@ -107,9 +100,9 @@ def settle(
     given: Mapping[str, Any], config: Mapping[str, Any], teacher: Teacher
 ) -> tuple[Settings, dict[str, str]]:
     """All settings with their reasons, checked."""
-    small = teacher.parameters < SMALL_PARAMETERS
+    small = teacher.checkpoint.unet_parameters < SMALL_PARAMETERS
     demo = teacher.demo
-    resolved = resolve(given, config, parameters=teacher.parameters, demo=demo)
+    resolved = resolve(given, config, parameters=teacher.checkpoint.unet_parameters, demo=demo)
     values, reasons = dict(resolved.values), dict(resolved.reasons)
 
     def default(name: str, value: Any, reason: str) -> None:
@@ -259,7 +252,7 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
         on_trajectory=isinstance(request, TeacherSampleRequest),
         sample_evaluations=request.evaluations if not folder.exists() else 0,
         sample_bytes=request.bytes(_latent_shape(settings, teacher)),
-        student_bytes=teacher.parameters * DTYPES[settings.dtype].itemsize
+        student_bytes=teacher.checkpoint.unet_parameters * DTYPES[settings.dtype].itemsize
         + sum(t.nbytes for t in teacher.checkpoint.carried().values()),
         files=[
             "student.safetensors",
@@ -437,7 +430,7 @@ def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> st
 def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> Showcase:
     """Teacher and students side by side; the demo's are measured by its judge too."""
     counts = {len(phase.grid) for phase in phases}
-    if teacher.parameters >= SMALL_PARAMETERS:
+    if teacher.checkpoint.unet_parameters >= SMALL_PARAMETERS:
         counts = {settings.steps}
     dtype = DTYPES[settings.precision]
 

@@ -90,6 +90,10 @@ class Checkpoint:
         return 2 ** (len(self.config("vae")["block_out_channels"]) - 1)
 
     @property
+    def unet_parameters(self) -> int:
+        return sum(value.numel() for key, value in self.tensors.items() if key.startswith(UNET_PREFIX))
+
+    @property
     def latent_channels(self) -> int:
         return int(self.config("vae")["latent_channels"])
 
