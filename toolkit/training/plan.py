@@ -185,14 +185,11 @@ def make_plan(
         )
         for phase, updates in zip(phases, settings.updates, strict=True)
     ]
-    # student, gradients, two moments of Adam, average, teacher
-    teacher_bytes = 4 if settings.precision == "fp32" else 2
     return Plan(
         phases=tuple(rows),
         sample_evaluations=sample_evaluations,
         sample_seconds=sample_evaluations * costs.evaluation_seconds,
-        memory_bytes=costs.parameters * (4 + 4 + 8 + (4 if settings.ema else 0) + teacher_bytes)
-        + costs.activation_bytes,
+        memory_bytes=costs.parameters * _bytes_per_parameter(settings) + costs.activation_bytes,
         disk={
             "samples": sample_bytes,
             "students": student_bytes * (len(phases) + 1),
@@ -200,6 +197,13 @@ def make_plan(
         },
         files=tuple(files),
     )
+
+
+def _bytes_per_parameter(settings: LoopSettings) -> int:
+    """Student, gradients and Adam's two moments in float32, the average, the teacher, and autocast's copies."""
+    average = 4 if settings.ema else 0
+    teacher, copies = (4, 0) if settings.precision == "fp32" else (2, 2)
+    return 4 + 4 + 8 + average + teacher + copies
 
 
 def require_disk(plan: Plan, *, out: Path, cache: Path) -> None:
