@@ -200,7 +200,7 @@ def make_plan(
 
 
 def _bytes_per_parameter(settings: LoopSettings) -> int:
-    """Student, gradients and Adam's two moments in float32, the average, the teacher, and autocast's copies."""
+    """Student, gradients and Adam's two moments in float32, the average, the teacher, autocast's copies."""
     average = 4 if settings.ema else 0
     teacher, copies = (4, 0) if settings.precision == "fp32" else (2, 2)
     return 4 + 4 + 8 + average + teacher + copies
