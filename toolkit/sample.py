@@ -154,8 +154,9 @@ def _strength(asked: argparse.Namespace) -> float:
 def _announcement(checkpoint: Checkpoint, plan: Plan, asked: argparse.Namespace) -> str:
     timesteps = ", ".join(map(str, plan.timesteps[:8])) + (" ..." if len(plan.timesteps) > 8 else "")
     guidance = "unguided (guidance 1)" if plan.guidance == 1 else f"guidance {plan.guidance:g}"
+    plural = "" if plan.evaluations == 1 else "s"
     told = (
-        f"{checkpoint.name}: {checkpoint.kind}, {guidance}, {plan.evaluations} evaluations a picture "
+        f"{checkpoint.name}: {checkpoint.kind}, {guidance}, {plan.evaluations} evaluation{plural} a picture "
         f"at the timesteps {timesteps}"
     )
     start = next(iter(plan.timesteps))
