@@ -134,6 +134,14 @@ def test_samples_are_found_again_by_a_later_run(arguments, call, tmp_path, capsy
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")} == made
 
 
+def test_samples_of_another_vae_are_not_taken_for_these(arguments, call, tmp_path):
+    call(arguments)
+    other = make_teacher(tmp_path / "other.safetensors", shape="tiny", seed=1)
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "second")
+    call([*arguments, "--vae", str(other)])
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
 def test_a_folder_of_pictures_can_be_the_data_and_damaged_ones_are_named(arguments, call, tmp_path, caplog):
     folder = tmp_path / "pictures"
     folder.mkdir()

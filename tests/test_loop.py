@@ -32,7 +32,7 @@ from toolkit.training.loop import (
     lr_factor,
     train,
 )
-from toolkit.training.networks import unet_network, zero_cond_proj
+from toolkit.training.networks import unet_network
 from toolkit.training.samples import GuidanceRange, Samples
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -46,7 +46,9 @@ def tiny_unet(conditioned: bool = True) -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
         cross_attention_dim=16, attention_head_dim=8, time_cond_proj_dim=256 if conditioned else None,
     )  # fmt: skip
-    return zero_cond_proj(unet) if conditioned else unet
+    if conditioned:
+        torch.nn.init.zeros_(unet.get_parameter("time_embedding.cond_proj.weight"))
+    return unet
 
 
 def samples(count: int = 6) -> Samples:

@@ -36,8 +36,8 @@ from .methods import find_methods, options_of
 from .opening import open_for_people
 from .runtime.files import atomic_path
 from .training.checkpoint import Checkpoint, save_student
-from .training.loop import DTYPES, Job, LoopSettings, train
-from .training.networks import denoiser, encode_images, encode_texts, place
+from .training.loop import Job, LoopSettings, train
+from .training.networks import DTYPES, denoiser, encode_images, encode_texts, place
 from .training.plan import Plan, make_plan, measure
 from .training.prompts import built_in_prompts, read_prompts
 from .training.samples import (
@@ -209,17 +209,16 @@ def _request(
 ) -> TeacherSampleRequest | ImageFolderRequest:
     """What data this run needs, by content."""
     checkpoint = teacher.checkpoint
+    source = checkpoint.sha256
+    if settings.text_encoder or settings.vae:
+        source += checkpoint.carried_sha256()
     if settings.data:
         width, height = settings.size
         pictures = scan_image_folder(Path(settings.data))
-        return ImageFolderRequest(checkpoint.sha256, pictures, settings.negative, width, height)
-    if settings.prompts:
-        prompts = read_prompts(Path(settings.prompts))
-    else:
-        prompts = (demo_prompts if settings.demo else built_in_prompts)(settings.pictures, seed=settings.seed)
+        return ImageFolderRequest(source, pictures, settings.negative, width, height)
     return TeacherSampleRequest(
-        teacher_sha256=checkpoint.sha256,
-        prompts=tuple(prompts),
+        teacher_sha256=source,
+        prompts=tuple(_prompts(settings, settings.pictures, seed=settings.seed)),
         negative=settings.negative,
         guidance=settings.guidance,
         shape=_latent_shape(settings, teacher),

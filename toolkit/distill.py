@@ -22,7 +22,7 @@ from .command import print_json, run
 from .diffusion.errors import BadInput
 from .methods import find_methods, options_of
 from .runtime.files import atomic_path
-from .training.loop import DTYPES
+from .training.networks import DTYPES
 from .training.plan import Plan, require_disk
 from .training.settings import Settings, read_config, to_toml
 

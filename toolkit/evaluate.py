@@ -20,9 +20,10 @@ from .evaluation.metrics import adherence, features
 from .evaluation.painter import Painter
 from .evaluation.pictures import save_png
 from .evaluation.showcase import side_by_side, verdict
-from .opening import DTYPES, choose_device, choose_dtype, is_demo, open_for_people
+from .opening import choose_device, choose_dtype, is_demo, open_for_people
 from .runtime.files import atomic_path
 from .training.checkpoint import Checkpoint
+from .training.networks import DTYPES
 from .training.prompts import built_in_prompts, read_prompts
 
 log = logging.getLogger("fewstep")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from .command import print_json, run
 from .diffusion.errors import BadInput
-from .opening import DTYPES, open_for_people
+from .opening import open_for_people
 from .training.checkpoint import Checkpoint
 from .training.export import Exported, export_baked, export_checkpoint, export_diffusers, export_lora
+from .training.networks import DTYPES
 
 log = logging.getLogger("fewstep")
 

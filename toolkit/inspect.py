@@ -15,7 +15,6 @@ from torch import Tensor
 from .command import print_json, run
 from .diffusion.errors import BadInput
 from .diffusion.spec import StudentSpec
-from .opening import DTYPES
 from .runtime.files import read_metadata, sha256_of, spec_from, write_metadata
 from .training.checkpoint import (
     is_finite,
@@ -26,6 +25,7 @@ from .training.checkpoint import (
     ztsnr_of,
 )
 from .training.layout import COND_PROJ, UNET_PREFIX
+from .training.networks import DTYPES
 from .training.recognise import FAMILIES, INPUTS, PREFIXES, Problems, Recognised, problems, recognise
 from .training.weights import Weights, read_folder, read_weights
 

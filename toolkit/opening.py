@@ -12,9 +12,8 @@ from .demo import TEACHER, TOKENIZER
 from .diffusion.errors import BadInput
 from .runtime.files import sha256_of
 from .training.checkpoint import Checkpoint, open_checkpoint
+from .training.networks import DTYPES
 from .training.settings import SMALL_PARAMETERS
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def open_for_people(

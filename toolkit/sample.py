@@ -24,9 +24,10 @@ from .evaluation.painter import (
     make_plan,
 )
 from .evaluation.pictures import save_png, to_image
-from .opening import DTYPES, choose_device, choose_dtype, open_for_people
+from .opening import choose_device, choose_dtype, open_for_people
 from .runtime.samplers import start_timestep
 from .training.checkpoint import Checkpoint
+from .training.networks import DTYPES
 from .training.samples import load_picture
 
 log = logging.getLogger("fewstep")

@@ -130,7 +130,7 @@ def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pat
         file.write(header)
         for name in names:
             if tensors[name].numel():
-                file.write(_bytes(tensors[name]))
+                file.write(tensor_bytes(tensors[name]))
         file.flush()
         os.fsync(file.fileno())
 
@@ -262,7 +262,8 @@ def _header_bytes(entries: Mapping[str, Any]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor as they stand in memory, row by row."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -7,6 +7,7 @@ is opened; NaN is found when a part is loaded.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from ..diffusion.guidance import W_DIM
 from ..diffusion.prediction import PREDICTION_TYPES, PredictionType
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.spec import SPEC_KEY, StudentSpec
-from ..runtime.files import modelspec, save_tensors, sha256_of, spec_from
+from ..runtime.files import modelspec, save_tensors, sha256_of, spec_from, tensor_bytes
 from .layout import (
     COND_PROJ,
     UNET_PREFIX,
@@ -162,6 +163,14 @@ class Checkpoint:
             for part, network in self.empty_networks().items()
             for key in expected_keys(part, network)
         }
+
+    def carried_sha256(self) -> str:
+        """Of what :meth:`carried` holds: tells one replaced VAE or text encoder from another."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.carried().items()):
+            digest.update(key.encode())
+            digest.update(tensor_bytes(value))
+        return digest.hexdigest()
 
     def _known(
         self, part: Part, network: torch.nn.Module, tensors: Mapping[str, Tensor]

@@ -33,15 +33,13 @@ from ..diffusion.method import Phase
 from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import NoiseSchedule
 from ..runtime.files import atomic_path
-from .networks import denoiser, place, unet_network
+from .networks import DTYPES, denoiser, place, unet_network
 from .samples import GuidanceRange, Samples, derived_seed, draw_batch
 
 log = logging.getLogger("fewstep")
 
 CHECKPOINT_GRADIENTS_ABOVE = 200_000_000
 """Networks of more parameters recompute activations in the backward pass."""
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -39,6 +39,9 @@ def denoiser(
     return NetworkDenoiser(unet_network(unet), schedule, prediction_type)
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions by the names that people give them."""
+
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 
@@ -46,12 +49,6 @@ def place(module: Module, device: torch.device | str, dtype: torch.dtype | None 
     """The module moved to a device, and cast where a dtype is given."""
     torch.nn.Module.to(module, device=device, dtype=dtype)
     return module
-
-
-def zero_cond_proj(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Zero the projection of w, so that the untrained student is the conditional teacher."""
-    torch.nn.init.zeros_(unet.get_parameter("time_embedding.cond_proj.weight"))
-    return unet
 
 
 @torch.no_grad()

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..diffusion.errors import BadInput
 from ..diffusion.method import Phase
-from .loop import CHECKPOINT_GRADIENTS_ABOVE, DTYPES, LoopSettings
-from .networks import place, unet_network
+from .loop import CHECKPOINT_GRADIENTS_ABOVE, LoopSettings
+from .networks import DTYPES, place, unet_network
 
 GIB = 1024**3
 

@@ -207,7 +207,7 @@ def _sample_part(
 class ImageFolderRequest:
     """All that the latents of a folder of pictures depend on."""
 
-    vae_sha256: str
+    teacher_sha256: str
     pictures: tuple[tuple[str, str, str], ...]
     negative: str
     width: int
