@@ -7,12 +7,18 @@ import torch
 from closed_form import SCHEDULE, GaussianTeacher, PerfectStudent, means
 from diffusers import DPMSolverMultistepScheduler
 
+from toolkit.diffusion.denoiser import Cond
 from toolkit.diffusion.errors import BadInput
 from toolkit.diffusion.grid import Grid
+from toolkit.diffusion.schedule import like
 from toolkit.runtime.samplers import (
+    entry_below,
     initial_latent,
+    later_noise,
+    sample_consistency,
     sample_deterministic,
     sample_dpmpp_2m,
+    sample_stochastic,
     start_timestep,
     strength_sigma,
     student_sampler,
@@ -128,4 +134,80 @@ def test_strengths_out_of_range_are_refused(strength):
 
 def test_an_unknown_sampler_is_refused():
     with pytest.raises(BadInput, match="update FewStep"):
-        student_sampler("new")  # type: ignore[arg-type]
+        student_sampler("new", noise=later_noise([0]))  # type: ignore[arg-type]
+
+
+class ExactJumps:
+    """The x0 with which one Euler step of two cells lands exactly on the flow of Gaussian data."""
+
+    def __init__(self, teacher: GaussianTeacher, levels: list[float]):
+        self.teacher, self.levels = teacher, levels
+
+    def __call__(self, x: torch.Tensor, sigma_t: torch.Tensor, *, cond: Cond) -> torch.Tensor:
+        i = min(range(len(self.levels)), key=lambda j: abs(self.levels[j] - float(sigma_t[0])))
+        sigma_s = torch.full_like(sigma_t, min(self.levels[i : i + 3]))
+        landed = self.teacher.flow(x, sigma_t, sigma_s, cond=cond)
+        return (like(sigma_t, x) * landed - like(sigma_s, x) * x) / like(sigma_t - sigma_s, x)
+
+
+def test_the_stochastic_sampler_keeps_the_distribution_when_every_jump_is_exact():
+    teacher, count = GaussianTeacher(), 20_000
+    cond = means(1)
+    sigmas = Grid.trailing(4).sigmas(SCHEDULE)
+    exact = {name: value.expand(count, *value.shape[1:]) for name, value in cond.items()}
+    generator = torch.Generator().manual_seed(0)
+    top = sigmas[0]
+    x0 = exact["mean"] + teacher.spread * torch.randn(count, 1, 1, 1, generator=generator).double()
+    x = x0 + top * torch.randn(count, 1, 1, 1, generator=generator).double()
+    drawn = sample_stochastic(
+        ExactJumps(teacher, sigmas.tolist()), x, sigmas, {"cond": exact}, noise=later_noise([1])
+    )
+    assert float(drawn.mean()) == pytest.approx(float(cond["mean"].mean()), abs=0.02)
+    assert float(drawn.std()) == pytest.approx(teacher.spread, rel=0.03)
+
+
+def test_the_stochastic_sampler_jumps_two_cells_and_adds_one_cell_of_noise():
+    seen: list[float] = []
+
+    def clean(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        seen.append(float(x.std()) / float(sigma[0]))
+        return torch.zeros_like(x)
+
+    sigmas = Grid.trailing(4).sigmas(SCHEDULE)
+    x = sigmas[0] * torch.randn(1, 1, 200, 200, generator=torch.Generator().manual_seed(0)).double()
+    end = sample_stochastic(clean, x, sigmas, noise=later_noise([5]))
+    assert seen == pytest.approx([1, 1, 1, 1], rel=0.02) and float(end.abs().max()) == 0
+    early = sample_stochastic(clean, x, sigmas[:2], noise=later_noise([5]), beyond=float(sigmas[2]))
+    assert float(early.std()) == pytest.approx(float(sigmas[1]), rel=0.02)
+
+
+def test_the_consistency_sampler_starts_every_step_from_fresh_noise_on_its_own_x0():
+    sigmas = torch.tensor([14.0, 2.0, 0.0], dtype=torch.float64)
+    seen: list[torch.Tensor] = []
+
+    def ones(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return torch.ones_like(x)
+
+    sample_consistency(ones, torch.zeros(1, 1, 2, 2), sigmas, noise=later_noise([7]))
+    expected = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(8))
+    assert torch.allclose((seen[1] - 1) / 2, expected)
+
+
+def test_later_noise_belongs_to_each_seed_and_is_one_stream_for_a_batch_of_one_seed():
+    x = torch.zeros(2, 1, 2, 2)
+    each = later_noise([3, 9])(x)
+    assert torch.equal(each[:1], later_noise([3])(x[:1])) and torch.equal(each[1:], later_noise([9])(x[:1]))
+    stream = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(later_noise([3])(x), stream)
+
+
+def test_a_start_above_the_first_entry_is_the_first_entry():
+    sigmas = walk([899, 449], SCHEDULE, start_sigma=float(SCHEDULE.sigma(torch.tensor(999))))
+    assert timesteps_of(sigmas) == [899, 449]
+
+
+def test_the_entry_below_a_trained_level_is_the_next_one_and_below_the_last_clean():
+    level = float(SCHEDULE.sigma(torch.tensor(499)))
+    assert entry_below([999, 499, 249], SCHEDULE, level) == float(SCHEDULE.sigma(torch.tensor(249)))
+    assert entry_below([999, 499, 249], SCHEDULE, 0.1) == 0

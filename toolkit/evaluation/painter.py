@@ -24,6 +24,7 @@ from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.spec import StudentSpec
 from ..runtime.samplers import (
     initial_latent,
+    later_noise,
     sample_deterministic,
     sample_dpmpp_2m,
     strength_sigma,
@@ -36,6 +37,8 @@ from ..training.networks import decode_latents, denoiser, encode_images, encode_
 TeacherSampler = Literal["ddim", "dpmpp_2m"]
 Texts: TypeAlias = Callable[[Sequence[str]], Cond]
 """Prompts -> conditioning, one row each."""
+SamplerFor: TypeAlias = Callable[[Sequence[int]], Callable[..., Tensor]]
+
 Progress: TypeAlias = Callable[[int, int], None]
 """Told (steps done, steps in all) after each step of each batch."""
 
@@ -173,7 +176,7 @@ class Painter:
         if strength < 1 and x0 is None:
             raise ValueError("a strength below 1 needs x0 to start from")
         plan = self.plan(guidance=guidance, steps=steps, sampler=sampler, strength=strength)
-        model, run = self._model(negative, plan)
+        model, sampler_for = self._model(negative, plan)
         shape = self.latent_shape(size) if x0 is None else tuple(x0.shape[1:])
         cond = self._conditioning(prompts)
         batch = batch or max(1, _LATENT_CELLS // (shape[1] * shape[2]))
@@ -204,6 +207,7 @@ class Painter:
                 "cond": {name: rows[first : first + batch] for name, rows in cond.items()},
                 "w": None if plan.w is None else x.new_full((len(x),), plan.w),
             }
+            run = sampler_for(seeds[first : first + batch])
             parts.append(run(model, x, sigmas, arguments, tick).cpu())
         return Painted(torch.cat(parts), plan, time.perf_counter() - started)
 
@@ -219,15 +223,15 @@ class Painter:
         """Pictures (N, 3, H, W) in [0, 1] -> latents (N, C, h, w) to start from."""
         return encode_images(images, self.vae)
 
-    def _model(self, negative: str | None, plan: Plan) -> tuple[Denoiser, Callable[..., Tensor]]:
-        """What is sampled, and the function that samples it."""
-        if self.spec is not None:
-            check_negative(self.spec, negative)
-            return self.denoiser, student_sampler(self.spec.sampler)
+    def _model(self, negative: str | None, plan: Plan) -> tuple[Denoiser, SamplerFor]:
+        """What is sampled, and what samples pictures of given seeds."""
+        if (spec := self.spec) is not None:
+            check_negative(spec, negative)
+            return self.denoiser, lambda seeds: student_sampler(spec.sampler, noise=later_noise(seeds))
         run = TEACHER_SAMPLERS[plan.sampler]
         if plan.w is None:
-            return self.denoiser, run
-        return Guided(self.denoiser, self._conditioning([negative or ""])), run
+            return self.denoiser, lambda seeds: run
+        return Guided(self.denoiser, self._conditioning([negative or ""])), lambda seeds: run
 
     def _conditioning(self, prompts: Sequence[str]) -> Cond:
         """Conditioning on the device, one row a prompt; each different prompt is encoded once."""
