@@ -9,12 +9,13 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -24,7 +25,7 @@ from toolkit.diffusion.spec import StudentSpec
 from toolkit.runtime.files import save_tensors
 from toolkit.training.checkpoint import write_checkpoint
 from toolkit.training.layout import COND_PROJ
-from toolkit.training.recognise import build, expected_keys
+from toolkit.training.recognise import PREFIXES, Part, build, expected_keys
 from toolkit.training.vocabulary import byte_symbols
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -33,11 +34,15 @@ TINY_VOCABULARY = 2 * 256 + 2
 
 @dataclass(frozen=True)
 class Shape:
-    """Constructor arguments of the three networks that differ from Stable Diffusion 1.5's."""
+    """Constructor arguments of the three networks that differ from Stable Diffusion 1.5's.
+
+    ``vae`` None: a TAESD in its place, as ComfyUI reads it. ``text_dtype``: in the file, if not the others'.
+    """
 
     unet: Mapping[str, Any]
-    vae: Mapping[str, Any]
+    vae: Mapping[str, Any] | None
     text: Mapping[str, Any]
+    text_dtype: torch.dtype | None = None
 
 
 _VAE_LEVELS = {
@@ -60,12 +65,13 @@ _TWO_LEVELS = {
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     "layers_per_block": 1,
 }
+_SMALL_UNET = {"block_out_channels": (320, 320), "cross_attention_dim": 768, **_TWO_LEVELS}
 SHAPES = {
     "sd15": Shape(_SD15_UNET, _SD15_VAE, _CLIP_L),
     # The smallest UNet that a stock ComfyUI takes for SD1.5 (36.7 M parameters); the rest is true to size.
-    "small": Shape(
-        {"block_out_channels": (320, 320), "cross_attention_dim": 768, **_TWO_LEVELS}, _SD15_VAE, _CLIP_L
-    ),
+    "small": Shape(_SMALL_UNET, _SD15_VAE, _CLIP_L),
+    # The same with the smallest VAE and the smallest file of the text encoder that it takes: 274 MB in fp32.
+    "comfy": Shape(_SMALL_UNET, None, _CLIP_L, torch.float8_e4m3fn),
     "tiny": Shape(
         {"block_out_channels": (32, 64), "cross_attention_dim": 64, **_TWO_LEVELS},
         {"block_out_channels": (32, 64), "layers_per_block": 1, **_VAE_LEVELS[2]},
@@ -92,17 +98,20 @@ def make_tensors(
     dtype: torch.dtype = torch.float32,
     in_channels: int = 4,
     dial: float | None = None,
+    parts: Iterable[Part] = PREFIXES,
 ) -> dict[str, Tensor]:
     """A checkpoint's tensors under single-file keys; ``dial``: scale of a random guidance input, if any."""
     of = SHAPES[shape]
-    unet = {"in_channels": in_channels, "attention_head_dim": 8, **of.unet}
-    keys = expected_keys("unet", build("unet", unet))
-    keys |= expected_keys("vae", build("vae", {"latent_channels": 4, **of.vae}))
-    keys |= expected_keys("text_encoder", build("text_encoder", of.text))
+    keys: dict[str, Tensor] = {}
+    for part in parts:
+        keys |= _keys_of(part, of, in_channels)
     if dial is not None:
         keys[COND_PROJ] = torch.empty(of.unet["block_out_channels"][0], 256, device="meta")
     generator = torch.Generator().manual_seed(seed)
     made = {key: _random(key, tuple(value.shape), generator).to(dtype) for key, value in keys.items()}
+    if of.text_dtype is not None:
+        text = PREFIXES["text_encoder"]
+        made |= {key: value.to(of.text_dtype) for key, value in made.items() if key.startswith(text)}
     if dial is not None:
         made[COND_PROJ] = made[COND_PROJ] * dial
     return made
@@ -144,6 +153,31 @@ def make_tokenizer(folder: Path) -> Path:
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     return folder
+
+
+def _keys_of(part: Part, shape: Shape, in_channels: int) -> dict[str, Tensor]:
+    if part == "unet":
+        config = {"in_channels": in_channels, "attention_head_dim": 8, **shape.unet}
+        return expected_keys(part, build(part, config))
+    if part == "text_encoder":
+        return expected_keys(part, build(part, shape.text))
+    if shape.vae is not None:
+        return expected_keys(part, build(part, {"latent_channels": 4, **shape.vae}))
+    with torch.device("meta"):
+        return taesd_to_single_file(AutoencoderTiny().state_dict())
+
+
+def taesd_to_single_file(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A TAESD's state with the keys under which ComfyUI finds it in a checkpoint.
+
+    Its own decoder counts the clamp at its start as a layer, diffusers' does not.
+    """
+    made: dict[str, Tensor] = {}
+    for key, value in state.items():
+        side, _, index, rest = key.split(".", 3)
+        number = int(index) + (side == "decoder")
+        made[f"first_stage_model.taesd_{side}.{number}.{rest}"] = value
+    return made
 
 
 def _random(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -1,0 +1,199 @@
+"""Random model files for a ComfyUI, in the format of the interface: each is made when a test first asks.
+
+All are of the shape "comfy": the smallest that a stock ComfyUI takes for Stable Diffusion 1.5, in float32.
+Their weights are such that activations are of order 1 and the guidance matters as much as the timestep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel
+from make_checkpoint import SHAPES, make_spec, make_tensors
+from torch import Tensor
+
+from toolkit.diffusion.guidance import bias_shift
+from toolkit.diffusion.spec import StudentSpec
+from toolkit.runtime.files import load_tensors, save_tensors
+from toolkit.training.checkpoint import student_metadata, write_checkpoint
+from toolkit.training.layout import COND_PROJ, UNET_PREFIX, unet_from_ldm
+
+SIZE = (64, 64)
+"""Pixels: latents of 8 x 8."""
+
+BAKED_GUIDANCE = 4.0
+LORA_BAKED_GUIDANCE = 7.5
+_TIME_WEIGHT, _TIME_BIAS = (f"{UNET_PREFIX}time_embed.0.{name}" for name in ("weight", "bias"))
+_TIME_LORA = "lora_unet_time_embedding_linear_1"
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A file in one of the host's model folders; ``name``: as the host's lists show it."""
+
+    path: Path
+    spec: StudentSpec | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        return load_tensors(self.path)
+
+
+class Models:
+    """``models.epsilon``, ``models.teacher``, ...: a file in ``folder``/checkpoints, loras or controlnet."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def teacher(self) -> Model:
+        return self.checkpoint("teacher", _unet(1))
+
+    @cached_property
+    def inpaint_teacher(self) -> Model:
+        return self.checkpoint("inpaint_teacher", _unet(2, in_channels=9))
+
+    @cached_property
+    def epsilon(self) -> Model:
+        """Deterministic, 4 steps, guidance 1 to 15."""
+        return self.student("epsilon", _unet(3, dial=1.0), make_spec())
+
+    @cached_property
+    def velocity(self) -> Model:
+        return self.student("velocity", _unet(4, dial=1.0), make_spec(prediction_type="v_prediction"))
+
+    @cached_property
+    def stochastic(self) -> Model:
+        return self.student("stochastic", _unet(5, dial=1.0), make_spec(sampler="stochastic"))
+
+    @cached_property
+    def three_steps(self) -> Model:
+        """A grid on which no stock scheduler lies."""
+        return self.student("three_steps", _unet(3, dial=1.0), make_spec(timesteps=(999, 666, 332)))
+
+    @cached_property
+    def inpaint(self) -> Model:
+        return self.student("inpaint", _unet(6, in_channels=9, dial=1.0), make_spec(inpaint=True))
+
+    @cached_property
+    def nameless(self) -> Model:
+        """``epsilon`` as a merger leaves it: without metadata."""
+        return self.checkpoint("nameless", _unet(3, dial=1.0))
+
+    @cached_property
+    def baked(self) -> Model:
+        """``epsilon`` at one guidance, without the dial."""
+        unet = dict(_unet(3, dial=1.0))
+        cond_proj = unet.pop(COND_PROJ)
+        shift = bias_shift(unet[_TIME_WEIGHT], cond_proj, BAKED_GUIDANCE - 1)
+        unet[_TIME_BIAS] = (unet[_TIME_BIAS].double() + shift).float()
+        spec = make_spec(baked_guidance=BAKED_GUIDANCE, guidance_default=BAKED_GUIDANCE)
+        return self.student("baked", unet, spec)
+
+    @cached_property
+    def style_lora(self) -> Model:
+        """A person's LoRA: low-rank on attention and on the time embedding."""
+        return self.lora("style", _low_rank(11, ["time_embedding.linear_1"], scale=0.3), {})
+
+    @cached_property
+    def student_lora(self) -> Model:
+        """For ``teacher``: attention low-rank, the time embedding in full, the dial, and its shift baked."""
+        generator = torch.Generator().manual_seed(12)
+        teacher = _unet(1)
+        weight, bias = teacher[_TIME_WEIGHT], teacher[_TIME_BIAS]
+        diff = 0.02 * torch.randn(weight.shape, generator=generator)
+        cond_proj = torch.randn((weight.shape[1], 256), generator=generator) / 16
+        shift = bias_shift(weight + diff, cond_proj, LORA_BAKED_GUIDANCE - 1)
+        tensors = _low_rank(13, [], scale=0.3) | {
+            f"{_TIME_LORA}.diff": diff,
+            f"{_TIME_LORA}.diff_b": (
+                0.1 * torch.randn(bias.shape, generator=generator).double() + shift
+            ).float(),
+            "fewstep.cond_proj.weight": cond_proj,
+        }
+        spec = make_spec(container="lora", baked_guidance=LORA_BAKED_GUIDANCE, lora_rank=4)
+        return self.lora("student", tensors, student_metadata(spec, SIZE), spec)
+
+    @cached_property
+    def controlnet(self) -> Model:
+        with torch.device("meta"):
+            network = ControlNetModel(
+                cross_attention_dim=768,
+                block_out_channels=(320, 320),
+                down_block_types=SHAPES["comfy"].unet["down_block_types"],
+                layers_per_block=1,
+                attention_head_dim=8,
+            )
+        tensors = _random_like(network.state_dict(), seed=14)
+        path = self.folder / "controlnet" / "small.safetensors"
+        save_tensors(tensors, {}, path)
+        return Model(path)
+
+    def checkpoint(self, name: str, unet: Mapping[str, Tensor]) -> Model:
+        """Write a checkpoint without a spec: a teacher, or whatever else the tensors are."""
+        path = self.folder / "checkpoints" / f"{name}.safetensors"
+        save_tensors({**unet, **_carried()}, {"modelspec.resolution": f"{SIZE[0]}x{SIZE[1]}"}, path)
+        return Model(path)
+
+    def student(self, name: str, unet: Mapping[str, Tensor], spec: StudentSpec) -> Model:
+        path = self.folder / "checkpoints" / f"{name}.safetensors"
+        write_checkpoint(path, tensors={**unet, **_carried()}, spec=spec, resolution=SIZE)
+        return Model(path, spec)
+
+    def lora(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        spec: StudentSpec | None = None,
+    ) -> Model:
+        path = self.folder / "loras" / f"{name}.safetensors"
+        save_tensors(tensors, metadata, path)
+        return Model(path, spec)
+
+
+@cache
+def _carried() -> dict[str, Tensor]:
+    """The VAE and the text encoder, which all files share."""
+    return make_tensors("comfy", seed=100, parts=("vae", "text_encoder"))
+
+
+def _unet(seed: int, **choices: Any) -> dict[str, Tensor]:
+    return make_tensors("comfy", seed=seed, parts=("unet",), **choices)
+
+
+def _low_rank(seed: int, more: list[str], *, scale: float, rank: int = 4) -> dict[str, Tensor]:
+    """kohya's keys for the first transformer's query and output projections and for ``more`` modules."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = unet_from_ldm(_unet(1))
+    block = "down_blocks.0.attentions.0.transformer_blocks.0"
+    modules = [f"{block}.{name}" for name in ("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "attn2.to_k")]
+    made: dict[str, Tensor] = {}
+    for module in [*modules, *more]:
+        out, into = weights[f"{module}.weight"].shape
+        name = "lora_unet_" + module.replace(".", "_")
+        made[f"{name}.lora_down.weight"] = torch.randn((rank, into), generator=generator) / into**0.5
+        made[f"{name}.lora_up.weight"] = scale * torch.randn((out, rank), generator=generator)
+        made[f"{name}.alpha"] = torch.tensor(rank / 2)
+    return made
+
+
+def _random_like(state: Mapping[str, Tensor], *, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[str, Tensor] = {}
+    for key, value in state.items():
+        noise = torch.randn(value.shape, generator=generator)
+        if value.ndim > 1:
+            made[key] = noise / value[0].numel() ** 0.5
+        else:
+            made[key] = 0.1 * noise + ("norm" in key and key.endswith("weight"))
+    return made
