@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAINING_PACKAGES = {"accelerate", "diffusers", "peft", "transformers"}
 DATA_PACKAGES = {"PIL", "numpy", "safetensors", "torch", "tqdm"}
 TOML = {"tomli", "tomllib"}  # the first stands in for the second, which Python 3.10 lacks
-COMFYUI = {"comfy", "comfy_api", "folder_paths", "latent_preview", "node_helpers"}
+COMFYUI = {
+    "aiohttp", "comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "node_helpers", "server",
+}  # fmt: skip
 WEBUI = {"gradio", "k_diffusion", "modules"}
 
 
@@ -38,8 +40,8 @@ ROOMS = {
         ours={"diffusion", "evaluation", "methods", "runtime", "training"},
         theirs=TRAINING_PACKAGES | DATA_PACKAGES,
     ),
-    "nodes": Room(ours={"runtime"}, theirs={"safetensors", "torch"} | COMFYUI),
-    "scripts": Room(ours={"runtime"}, theirs={"safetensors", "torch"} | WEBUI),
+    "nodes": Room(ours={"diffusion", "runtime"}, theirs={"safetensors", "torch"} | COMFYUI),
+    "scripts": Room(ours={"diffusion", "runtime"}, theirs={"safetensors", "torch"} | WEBUI),
 }
 
 
