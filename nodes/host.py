@@ -256,6 +256,7 @@ def with_student_lora(patcher: Any, path: Path, spec: StudentSpec, strength: flo
     clone = patcher.clone()
     if cond_proj is not None and spec.baked_guidance is not None:
         _take_off_shift(tensors, clone, cond_proj, spec)
+        spec = replace(spec, baked_guidance=None)
     _add_lora(clone, tensors, path, strength)
     clone.set_attachments(KEY, spec)
     clone.add_object_patch("model_sampling", _sampling_of(patcher, spec))
@@ -346,30 +347,26 @@ def _run(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any],
     _warn_of_habits(spec, options, guider)
     _warn_of_sampler(spec, guider, executor.class_obj, sigmas)
     guidance = _guidance_of_run(spec, options, guider)
-    heeds = options.live_negative and "negative" in guider.conds and _has_dial(spec)
+    heeds = options.live_negative and "negative" in guider.conds and spec.has_dial
     live = live_negative(spec, guidance) if heeds else LiveNegative(1.0, guidance, guidance)
     for name, conds in guider.conds.items():
         for cond in conds:
             values = _values(cond.get("guidance"), guidance, count=len(args[1]))
             _check_guidance(spec, values, stated="guidance" in cond or options.asked is not None)
-            if _has_dial(spec):
+            if spec.has_dial:
                 fed = [live.negative] if name == "negative" else [value / live.cfg for value in values]
                 cond["model_conds"][_EMBEDDED] = comfy.conds.CONDRegular(embedded(spec, fed))
     with _cfg(guider, extra_args["model_options"], live.cfg):
         return executor(guider, sigmas, extra_args, *args, **kwargs)
 
 
-def _has_dial(spec: StudentSpec) -> bool:
-    return spec.w_embedding is not None and spec.baked_guidance is None
-
-
 def _check_guidance(spec: StudentSpec, values: Sequence[float], *, stated: bool) -> None:
     """BadInput out of the trained range. A baked file minds only a guidance that was ``stated`` for it: a
     host's cfg of 1 is right there, and another one is warned of."""
-    if _has_dial(spec) or (spec.baked_guidance is not None and stated):
+    if spec.has_dial or (spec.baked_guidance is not None and stated):
         for value in values:
             spec.check_guidance(value)
-    if _has_dial(spec) and 1 in values:
+    if spec.has_dial and 1 in values:
         say("guidance 1 is unguided: the student does as its teacher does without cfg", "info")
 
 
@@ -464,8 +461,8 @@ def _warn_of_sampler(spec: StudentSpec, guider: Any, sampler: Any, sigmas: Tenso
         name = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
         timesteps = ", ".join(map(str, spec.timesteps))
         say(
-            f"this student was trained for the timesteps {timesteps} with the sampler fewstep; {name} with "
-            "this scheduler leaves them: choose the sampler fewstep"
+            f"this student was made for the sampler fewstep and the timesteps {timesteps}; {name} with these "
+            "steps and this scheduler is not that: choose the sampler fewstep"
         )
 
 

@@ -37,7 +37,7 @@ async def student(request: web.Request) -> web.Response:
     answer = _answer(found.kind, facts(path.name, found))
     if (spec := found.spec) is not None:
         answer["spec"], answer["steps"] = asdict(spec), spec.steps
-        if spec.w_embedding is not None and spec.baked_guidance is None:
+        if spec.has_dial:
             answer["guidance"] = [spec.guidance_min, spec.guidance_max, spec.guidance_default]
     return web.json_response(answer)
 

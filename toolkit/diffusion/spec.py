@@ -63,6 +63,12 @@ class StudentSpec:
     def steps(self) -> int:
         return len(self.timesteps)
 
+    @property
+    def has_dial(self) -> bool:
+        """Whether a host can choose the guidance. A LoRA is baked only for stock loaders; ours take it
+        off."""
+        return self.w_embedding is not None and (self.baked_guidance is None or self.container == "lora")
+
     def check_guidance(self, guidance: float) -> None:
         """BadInput unless this student can run at the guidance_scale."""
         if self.baked_guidance is not None and guidance != self.baked_guidance:

@@ -137,13 +137,13 @@ def live_negative(spec: StudentSpec, guidance: float) -> LiveNegative:
 
 def describe(spec: StudentSpec) -> str:
     """One sentence for people: steps, guidance, method, teacher."""
-    if spec.baked_guidance is not None:
-        dial = f"guidance {spec.baked_guidance:g} baked in (a host's cfg stays at 1)"
-    elif spec.w_embedding is None:
-        dial = "no guidance dial"
-    else:
+    if spec.has_dial:
         low, high, usual = spec.guidance_min, spec.guidance_max, spec.guidance_default
         dial = f"guidance {low:g} to {high:g} (usually {usual:g})"
+    elif spec.baked_guidance is not None:
+        dial = f"guidance {spec.baked_guidance:g} baked in (a host's cfg stays at 1)"
+    else:
+        dial = "no guidance dial"
     count = "1 step" if spec.steps == 1 else f"{spec.steps} steps"
     teacher = f", from {spec.teacher_name}" if spec.teacher_name else ""
     inpaint = ", for inpainting" if spec.inpaint else ""
