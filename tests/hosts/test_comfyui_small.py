@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hosts.comfyui import SITE, Unavailable, find_host
+from hosts.comfyui import SITE, Host
 from make_checkpoint import SHAPES, make_teacher, make_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -75,6 +75,7 @@ for name, entry in asked["checkpoints"].items():
             for network in (clip.cond_stage_model, vae.first_stage_model)
             for weight in network.parameters()
         ],
+        "length": clip.cond_stage_model.clip_l.max_length,
         "ratios": [vae.downscale_ratio, vae.upscale_ratio, vae.latent_channels],
     }
     ours = {}
@@ -149,11 +150,9 @@ class Answers:
 
 
 @pytest.fixture(scope="module")
-def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Answers], dict[str, Any]]:
-    try:
-        host = find_host()
-    except Unavailable as reason:
-        pytest.skip(str(reason))
+def everything(
+    comfyui_host: Host, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Answers], dict[str, Any]]:
     folder = tmp_path_factory.mktemp("comfyui")
     tiny = make_teacher(folder / "models" / "tiny.safetensors")
     make_tokenizer(folder / "models" / "tokenizer")
@@ -177,10 +176,10 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Answ
         "shapes": _shapes(),
     }
     (folder / "asked.json").write_text(json.dumps(asked))
-    packages = [str(SITE), *map(str, host.packages)]
+    packages = [str(SITE), *map(str, comfyui_host.packages)]
     done = subprocess.run(
-        [str(host.python), "-c", WORKER, str(ROOT), str(folder)],
-        cwd=host.folder,
+        [str(comfyui_host.python), "-c", WORKER, str(ROOT), str(folder)],
+        cwd=comfyui_host.folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(packages)},
         capture_output=True,
         text=True,
@@ -256,6 +255,7 @@ def _shapes() -> dict[str, dict[str, tuple[int, ...]]]:
         "long": of({**sd15.text, "max_position_embeddings": 248}, sd15.vae),
         "shallow": of({**sd15.text, "num_hidden_layers": 6}, {**sd15.vae, "layers_per_block": 1}),
         "taesd": taesd | {"cond_stage_model.model.ln_final.weight": (1024,)},
+        "narrow": of(sd15.text, {**sd15.vae, "block_out_channels": (128, 128, 256, 256)}),
         "nothing": {"model.diffusion_model.out.2.bias": (4,)},
     }
 
@@ -271,6 +271,7 @@ def test_stock_comfyui_knows_clip_l_the_wide_vae_and_what_is_not_ours(everything
         "long": [False, True],
         "shallow": [False, False],
         "taesd": [True, True],
+        "narrow": [True, False],
         "nothing": [True, True],
     }
 
@@ -293,8 +294,8 @@ def test_a_long_prompt_begins_as_the_toolkits_and_goes_on_in_comfyuis_manner(
     answers: Answers, label: str
 ) -> None:
     theirs, ours = answers.texts(PROMPTS[label]), answers.ours[f"text.{label}"]
-    length = theirs.shape[1]
-    assert ours.shape[1] > length and ours.shape[1] % length == 0
+    length = answers.said["length"]
+    assert ours.shape[1] > length == theirs.shape[1] and ours.shape[1] % length == 0
     assert _error(ours[:, :length], theirs) < 1e-5
 
 
