@@ -35,6 +35,10 @@ class Bench:
     def latent(self, samples: Tensor, **more: Tensor) -> Link:
         return self("ProbeLoadLatent", path=self._file({"samples": samples, **more}))[0]
 
+    def picture(self, image: Tensor, mask: Tensor) -> Node:
+        """Outputs IMAGE (B, H, W, 3) and MASK (B, H, W)."""
+        return self("ProbeLoadPicture", path=self._file({"image": image, "mask": mask}))
+
     def run(self, **links: Link) -> dict[str, Tensor]:
         """The tensors of a latent, image, sigmas or conditioning; the run itself is :attr:`last`.
 
@@ -64,3 +68,14 @@ def random_conditioning(seed: int) -> Tensor:
 def random_latent(seed: int, *, batch: int = 1, size: tuple[int, int] = (8, 8)) -> Tensor:
     """A picture's latent, unscaled, as a host's LATENT is."""
     return 5 * torch.randn((batch, 4, *size), generator=torch.Generator().manual_seed(seed))
+
+
+def random_picture(seed: int) -> tuple[Tensor, Tensor]:
+    """A picture of 64 x 64 pixels, smooth enough for a VAE, and a mask: hard edges, and a soft ramp."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand((1, 3, 8, 8), generator=generator)
+    image = torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bilinear").movedim(1, -1)
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 8:40, 16:56] = 1
+    mask[:, 40:] = torch.linspace(0, 1, 64)
+    return image.contiguous(), mask

@@ -8,7 +8,7 @@ and go as a host's LATENT does, not scaled by the VAE's factor.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -131,9 +131,10 @@ class Sampling:
     seed: int = 0
     land: int = -1
     stochastic: bool = False
-    mask: Tensor | None = None
-    """(B or 1, 1, H, W) at the latent's size, 1 where the picture may change; soft values blend."""
-    evaluated: list[int] = field(default_factory=list)
+    mask: Tensor | Callable[[int], Tensor] | None = None
+    """(B or 1, 1, H, W) at the latent's size, 1 where the picture may change; soft values blend. Or one for
+    each timestep.
+    """
 
     def __call__(self, latent: Tensor, *, is_noisy: bool = False) -> Tensor:
         """From noise over ``latent`` (zeros: from nothing), or from one that carries its noise already."""
@@ -150,13 +151,9 @@ class Sampling:
         path = [*self.timesteps, self.land]
         for i, t in enumerate(self.timesteps):
             a, s = level(t)
-            entered = z
-            if self.mask is not None:
-                entered = self.mask * z + (1 - self.mask) * (a * image + s * noise)
-            x0 = self.denoise(entered, t)
-            self.evaluated.append(t)
-            if self.mask is not None:
-                x0 = self.mask * x0 + (1 - self.mask) * image
+            mask = self.mask(t) if callable(self.mask) else torch.ones(()) if self.mask is None else self.mask
+            entered = mask * z + (1 - mask) * (a * image + s * noise)
+            x0 = mask * self.denoise(entered, t) + (1 - mask) * image
             eps = (z - a * x0) / s
             a_next, s_next = level(path[i + 1])
             if self.stochastic and i + 1 < len(self.timesteps):
@@ -183,6 +180,16 @@ def student(
         )
 
     return denoise
+
+
+def at_latent_size(mask: Tensor, latent: Tensor) -> Tensor:
+    """(B, 1, H, W) of a MASK (B, 8 H, 8 W), as hosts shrink it."""
+    return torch.nn.functional.interpolate(mask[:, None], size=latent.shape[-2:], mode="bilinear")
+
+
+def without_the_masked(image: Tensor, mask: Tensor) -> Tensor:
+    """An inpainting model's picture: grey wherever the mask is above one half."""
+    return torch.where(mask[..., None] > 0.5, 0.5, image)
 
 
 def taesd(tensors: Mapping[str, Tensor]) -> AutoencoderTiny:

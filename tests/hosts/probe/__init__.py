@@ -1,4 +1,4 @@
-"""Nodes for the tests alone: conditionings and latents from files, and results into files.
+"""Nodes for the tests alone: conditionings, latents and pictures from files, and results into files.
 
 With them a test feeds a graph and a reference the same numbers, and reads back what the host computed.
 """
@@ -42,6 +42,22 @@ class LoadLatent:
         return (latent,)
 
 
+class LoadPicture:
+    """``image`` (B, H, W, 3) and ``mask`` (B, H, W), in 0..1."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("IMAGE", "MASK")
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"path": ("STRING", {})}}
+
+    def load(self, path):
+        found = load_file(path)
+        return (found["image"], found["mask"])
+
+
 class Save:
     """Tensors of whatever is connected, exactly as they are."""
 
@@ -72,5 +88,6 @@ class Save:
 NODE_CLASS_MAPPINGS = {
     "ProbeLoadConditioning": LoadConditioning,
     "ProbeLoadLatent": LoadLatent,
+    "ProbeLoadPicture": LoadPicture,
     "ProbeSave": Save,
 }
