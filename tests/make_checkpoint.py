@@ -108,7 +108,7 @@ def make_tensors(
     if dial is not None:
         keys[COND_PROJ] = torch.empty(of.unet["block_out_channels"][0], 256, device="meta")
     generator = torch.Generator().manual_seed(seed)
-    made = {key: _random(key, tuple(value.shape), generator).to(dtype) for key, value in keys.items()}
+    made = {key: random_values(key, tuple(value.shape), generator).to(dtype) for key, value in keys.items()}
     if of.text_dtype is not None:
         text = PREFIXES["text_encoder"]
         made |= {key: value.to(of.text_dtype) for key, value in made.items() if key.startswith(text)}
@@ -180,7 +180,7 @@ def taesd_to_single_file(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return made
 
 
-def _random(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def random_values(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Scales under which activations stay of order 1, and a VAE whose posterior is almost a point."""
     noise = torch.randn(shape, generator=generator)
     if "quant_conv" in key and "post_" not in key:

@@ -6,6 +6,7 @@ Their weights are such that activations are of order 1 and the guidance matters 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -14,17 +15,23 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel
-from make_checkpoint import SHAPES, make_spec, make_tensors
+from make_checkpoint import SHAPES, make_spec, make_tensors, random_values
 from torch import Tensor
 
 from toolkit.diffusion.guidance import bias_shift
 from toolkit.diffusion.spec import StudentSpec
 from toolkit.runtime.files import load_tensors, save_tensors
 from toolkit.training.checkpoint import student_metadata, write_checkpoint
-from toolkit.training.layout import COND_PROJ, UNET_PREFIX, unet_from_ldm
+from toolkit.training.layout import COND_PROJ, UNET_PREFIX, unet_from_ldm, unet_to_ldm
 
 SIZE = (64, 64)
 """Pixels: latents of 8 x 8."""
+
+CONTROLNET: dict[str, Any] = {
+    "attention_head_dim": 8,
+    **{name: value for name, value in SHAPES["comfy"].unet.items() if name != "up_block_types"},
+}
+"""Constructor arguments of diffusers' ControlNetModel."""
 
 BAKED_GUIDANCE = 4.0
 LORA_BAKED_GUIDANCE = 7.5
@@ -126,14 +133,10 @@ class Models:
     @cached_property
     def controlnet(self) -> Model:
         with torch.device("meta"):
-            network = ControlNetModel(
-                cross_attention_dim=768,
-                block_out_channels=(320, 320),
-                down_block_types=SHAPES["comfy"].unet["down_block_types"],
-                layers_per_block=1,
-                attention_head_dim=8,
-            )
-        tensors = _random_like(network.state_dict(), seed=14)
+            network = ControlNetModel(**CONTROLNET)
+        generator = torch.Generator().manual_seed(14)
+        keys = controlnet_to_ldm(network.state_dict())
+        tensors = {key: random_values(key, tuple(value.shape), generator) for key, value in keys.items()}
         path = self.folder / "controlnet" / "small.safetensors"
         save_tensors(tensors, {}, path)
         return Model(path)
@@ -161,6 +164,25 @@ class Models:
         return Model(path, spec)
 
 
+def controlnet_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A diffusers ControlNet's state under the original keys: hosts know diffusers' only in common sizes."""
+    own = {key: value for key, value in state.items() if key.startswith("controlnet_")}
+    shared = unet_to_ldm({key: value for key, value in state.items() if key not in own})
+    made = {key.replace(UNET_PREFIX, "control_model."): value for key, value in shared.items()}
+    for key, value in own.items():
+        key = re.sub(r"^controlnet_down_blocks\.(\d+)", r"zero_convs.\1.0", key)
+        key = key.replace("controlnet_mid_block", "middle_block_out.0")
+        key = key.replace("controlnet_cond_embedding.conv_in", "input_hint_block.0")
+        key = key.replace("controlnet_cond_embedding.conv_out", "input_hint_block.14")
+        key = re.sub(
+            r"^controlnet_cond_embedding\.blocks\.(\d+)",
+            lambda found: f"input_hint_block.{2 * int(found[1]) + 2}",
+            key,
+        )
+        made[f"control_model.{key}"] = value
+    return made
+
+
 @cache
 def _carried() -> dict[str, Tensor]:
     """The VAE and the text encoder, which all files share."""
@@ -184,16 +206,4 @@ def _low_rank(seed: int, more: list[str], *, scale: float, rank: int = 4) -> dic
         made[f"{name}.lora_down.weight"] = torch.randn((rank, into), generator=generator) / into**0.5
         made[f"{name}.lora_up.weight"] = scale * torch.randn((out, rank), generator=generator)
         made[f"{name}.alpha"] = torch.tensor(rank / 2)
-    return made
-
-
-def _random_like(state: Mapping[str, Tensor], *, seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    made: dict[str, Tensor] = {}
-    for key, value in state.items():
-        noise = torch.randn(value.shape, generator=generator)
-        if value.ndim > 1:
-            made[key] = noise / value[0].numel() ** 0.5
-        else:
-            made[key] = 0.1 * noise + ("norm" in key and key.endswith("weight"))
     return made

@@ -90,6 +90,12 @@ class Unet:
         self.has_dial = config.get("time_cond_proj_dim") is not None
         self.prediction_type = prediction_type
 
+    @staticmethod
+    def w_embedding(guidance: Sequence[float]) -> Tensor:
+        """(B, 256), by diffusers' own function."""
+        w = torch.tensor(guidance, dtype=torch.float32) - 1
+        return LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, 256)
+
     @torch.inference_mode()
     def __call__(
         self,
@@ -105,8 +111,7 @@ class Unet:
         embedded = None
         if self.has_dial:
             assert guidance is not None and len(guidance) == len(z)
-            w = torch.tensor(guidance, dtype=torch.float32) - 1
-            embedded = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, 256)  # pyright: ignore
+            embedded = self.w_embedding(guidance)
         entered = z.float() if concat is None else torch.cat([z.float(), concat.float()], dim=1)
         out = self.network(
             entered,
