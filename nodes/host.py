@@ -42,7 +42,7 @@ from ..toolkit.diffusion.grid import trailing_timesteps
 from ..toolkit.diffusion.guidance import bias_shift
 from ..toolkit.diffusion.schedule import CLEAN
 from ..toolkit.diffusion.spec import SPEC_KEY, StudentSpec
-from ..toolkit.runtime.files import load_tensors
+from ..toolkit.runtime.files import load_tensors, spec_tensor, spec_text
 from ..toolkit.runtime.student import (
     COND_PROJ,
     LORA_COND_PROJ,
@@ -52,8 +52,6 @@ from ..toolkit.runtime.student import (
     live_negative,
     plan_walk,
     schedule_of,
-    spec_tensor,
-    spec_text,
 )
 from .messages import say, show_run
 

@@ -112,8 +112,11 @@ def load_checkpoint(path: Path, found: StudentFile) -> tuple[Any, Any, Any]:
         raise BadInput(f"{path.name}: this ComfyUI does not recognise the student; update FewStep")
     if not (knows_clip and knows_vae):
         weights = load_tensors(path)
-        clip = clip or small.small_clip(weights, checkpoint=path, embedding_directory=embeddings)
-        vae = vae or small.small_vae(weights)
+        try:
+            clip = clip or small.small_clip(weights, checkpoint=path, embedding_directory=embeddings)
+            vae = vae or small.small_vae(weights)
+        except BadInput as error:
+            raise BadInput(f"{path.name}: {error}") from None
     return model, clip, vae
 
 

@@ -27,6 +27,7 @@ from toolkit.runtime.files import (
     read_spec,
     save_tensors,
     sha256_of,
+    spec_tensor,
 )
 
 TENSORS = {
@@ -231,3 +232,11 @@ def test_hash_of_a_file_is_of_the_whole_and_of_a_folder_of_its_unet_files_in_ord
     (tmp_path / "unet" / "a.json").write_bytes(b"a")
     assert sha256_of(tmp_path / "unet" / "b.safetensors") == hashlib.sha256(b"b").hexdigest()
     assert sha256_of(tmp_path) == hashlib.sha256(b"ab").hexdigest()
+
+
+def test_a_spec_that_a_host_saved_among_the_weights_is_read(tmp_path):
+    path = tmp_path / "saved by a host.safetensors"
+    save_tensors({"x": torch.zeros(1), SPEC_KEY: spec_tensor(SPEC)}, {}, path)
+    assert read_spec(path) == SPEC
+    save_tensors({"x": torch.zeros(1), SPEC_KEY: spec_tensor(SPEC).half()}, {}, path)
+    assert read_spec(path) == SPEC

@@ -58,7 +58,7 @@ def describe(path: Path) -> dict[str, Any]:
     """Everything that the file says or that its keys and shapes tell; BadInput only if it cannot be read."""
     weights = read_folder(path) if path.is_dir() else read_weights(path)
     found = recognise(weights.tensors)
-    spec = spec_from(weights.metadata, path)
+    spec = spec_from(weights.metadata, weights.tensors, path)
     diffusion = found.container in ("checkpoint", "unet")
     wrong = _problems(found, weights)
     return {

@@ -80,17 +80,36 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def read_spec(path: Path) -> StudentSpec | None:
     """The StudentSpec of a safetensors file, or None for a file that is no student of ours."""
-    return spec_from(read_metadata(path), path)
+    header = read_header(path)
+    return spec_from(header.metadata, header.tensors, path)
 
 
-def spec_from(metadata: Mapping[str, str], path: Path) -> StudentSpec | None:
-    """The StudentSpec in a file's metadata; an error names the file."""
-    if SPEC_KEY not in metadata:
+def spec_from(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], path: Path) -> StudentSpec | None:
+    """The StudentSpec in a file's metadata, or among its tensors (:func:`spec_tensor`); an error names the
+    file.
+    """
+    text = metadata.get(SPEC_KEY)
+    if text is None and SPEC_KEY in tensors:
+        kept = tensors[SPEC_KEY]
+        text = spec_text(load_tensors(path, keys=[SPEC_KEY])[SPEC_KEY] if kept.is_meta else kept)
+    if text is None:
         return None
     try:
-        return StudentSpec.from_json(metadata[SPEC_KEY])
+        return StudentSpec.from_json(text)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
+
+
+def spec_tensor(spec: StudentSpec) -> Tensor:
+    """(length,) uint8, the spec's JSON: what a host saves among the weights, where it writes no foreign
+    metadata.
+    """
+    return torch.tensor(list(spec.to_json().encode()), dtype=torch.uint8)
+
+
+def spec_text(tensor: Tensor) -> str:
+    """The JSON in a :func:`spec_tensor`, also one that was saved in another dtype."""
+    return bytes(tensor.cpu().to(torch.uint8).tolist()).decode("utf-8", errors="replace")
 
 
 def load_tensors(path: Path, *, prefix: str = "", keys: Iterable[str] | None = None) -> dict[str, Tensor]:

@@ -16,8 +16,8 @@ from ..diffusion.grid import trailing_timesteps
 from ..diffusion.guidance import w_embedding
 from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import CLEAN, NoiseSchedule
-from ..diffusion.spec import SPEC_KEY, StudentSpec
-from .files import Header, load_tensors, read_header, spec_from
+from ..diffusion.spec import StudentSpec
+from .files import Header, read_header, spec_from
 from .samplers import entry_below, later_noise, student_sampler, walk
 
 COND_PROJ = "time_embed.cond_proj.weight"
@@ -46,7 +46,7 @@ class StudentFile:
 def read_student(path: Path) -> StudentFile:
     """What a safetensors file says of itself; BadInput if it cannot be read. Reads the header only."""
     header = read_header(path)
-    spec = spec_from(header.metadata, path) or spec_in(header.tensors, path)
+    spec = spec_from(header.metadata, header.tensors, path)
     has_dial = any(key.endswith(COND_PROJ) for key in header.tensors)
     if spec is None:
         kind: Kind = "student" if has_dial else "other"
@@ -54,22 +54,6 @@ def read_student(path: Path) -> StudentFile:
     if spec.container == "lora":
         return StudentFile("lora", spec, True, header)
     return StudentFile("baked" if spec.baked_guidance is not None else "student", spec, True, header)
-
-
-def spec_in(tensors: Mapping[str, Tensor], path: Path) -> StudentSpec | None:
-    """The spec that a host's own saving keeps as a tensor of bytes, because it writes no foreign metadata."""
-    if SPEC_KEY not in tensors:
-        return None
-    return spec_from({SPEC_KEY: spec_text(load_tensors(path, keys=[SPEC_KEY])[SPEC_KEY])}, path)
-
-
-def spec_text(tensor: Tensor) -> str:
-    return bytes(tensor.cpu().to(torch.uint8).tolist()).decode("utf-8", errors="replace")
-
-
-def spec_tensor(spec: StudentSpec) -> Tensor:
-    """(length,) uint8: the spec's JSON, to be saved among the weights."""
-    return torch.tensor(list(spec.to_json().encode()), dtype=torch.uint8)
 
 
 def guessed_spec(tensors: Mapping[str, Tensor]) -> StudentSpec:

@@ -222,7 +222,7 @@ def open_checkpoint(
     channels = _input_channels(path, tensors)
     _check_schedule(path, configs.get("scheduler", {}))
     _check_parts(path, tensors, configs)
-    spec = spec_from(weights.metadata, path)
+    spec = spec_from(weights.metadata, weights.tensors, path)
     return Checkpoint(
         path=path,
         name=path.resolve().name if path.is_dir() else path.stem,
