@@ -484,7 +484,14 @@ def sample_fewstep(
         say(plan.note, "info")
         x = model.latent_image + (x - model.latent_image) * (start / sigmas[0].to(x))
     show_run(f"timesteps {', '.join(map(str, plan.timesteps))}")
-    return plan.sampler(model, x, plan.sigmas, extra_args, _in_steps(callback, len(sigmas), plan.sigmas))
+    callback = _in_steps(callback, len(sigmas), plan.sigmas)
+    if (
+        spec.sampler == "deterministic"
+    ):  # the host's own Euler: bit for bit what its sampler "euler" does here
+        return comfy.k_diffusion.sampling.sample_euler(
+            model, x, plan.sigmas.to(x), extra_args, callback, disable
+        )
+    return plan.sampler(model, x, plan.sigmas, extra_args, callback)
 
 
 def _in_steps(callback: Any, given: int, sigmas: Tensor) -> Callable[[dict[str, Any]], None] | None:

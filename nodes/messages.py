@@ -9,14 +9,16 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 _log = logging.getLogger("fewstep")
-_said: set[str] = set()
+_said: set[tuple[str | None, str]] = set()
 
 
 def say(text: str, severity: Literal["info", "warn"] = "warn") -> None:
-    """Log a sentence and show it as a toast, the first time only."""
-    if text in _said:
+    """Log a sentence and show it as a toast: a warning once a prompt, an information once and for all."""
+    context = get_executing_context()
+    once = (context.prompt_id if context is not None and severity == "warn" else None, text)
+    if once in _said:
         return
-    _said.add(text)
+    _said.add(once)
     _log.log(logging.WARNING if severity == "warn" else logging.INFO, "FewStep: %s", text)
     _send({"text": text, "severity": severity, "node": _running_node()})
 

@@ -186,16 +186,16 @@ def test_a_package_that_a_host_lacks_can_replace_what_it_has_whatever_the_lower_
     assert chosen == {"diffusers": "0.42.1", "huggingface-hub": "2.4.0", "safetensors": "0.8.0"}
 
 
-def test_comfyui_imports_the_root_without_any_package(tmp_path: Path) -> None:
-    """As ComfyUI does it: by path, under the path's own name, with its folder_paths loaded."""
+def test_outside_comfyui_the_root_imports_nothing(tmp_path: Path) -> None:
+    """By path, under the path's own name, as ComfyUI does it, but without its folder_paths."""
     script = f"""
-import importlib.util, sys, types
-sys.modules["folder_paths"] = types.ModuleType("folder_paths")
+import importlib.util, sys
 name = {str(ROOT).replace(".", "_x_")!r}
 spec = importlib.util.spec_from_file_location(name, {str(ROOT / "__init__.py")!r})
 module = importlib.util.module_from_spec(spec)
 sys.modules[name] = module
 spec.loader.exec_module(module)
+assert not hasattr(module, "comfy_entrypoint")
 """
     command = [sys.executable, "-I", "-S", "-c", script]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
