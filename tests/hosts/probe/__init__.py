@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from . import watching
+
 
 class LoadConditioning:
     """``cond`` (B, T, C) of a safetensors file."""
@@ -90,4 +92,5 @@ NODE_CLASS_MAPPINGS = {
     "ProbeLoadLatent": LoadLatent,
     "ProbeLoadPicture": LoadPicture,
     "ProbeSave": Save,
+    **watching.NODE_CLASS_MAPPINGS,
 }
