@@ -6,3 +6,5 @@ class BadInput(ValueError):
 
     Every command prints it on stderr without a traceback and exits with code 2.
     """
+
+    __module__ = "fewstep"  # hosts show a type by its module, which in ComfyUI is a path on the disk
