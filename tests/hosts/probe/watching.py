@@ -7,7 +7,7 @@ from comfy.patcher_extension import WrappersMP
 
 
 class Watch:
-    """The model, writing a line of JSON for each evaluation of its network: rows of the batch, noise level."""
+    """The model, writing a line of JSON for each evaluation of its network: rows and noise level."""
 
     CATEGORY = "probe"
     RETURN_TYPES = ("MODEL",)
