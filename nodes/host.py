@@ -167,27 +167,31 @@ def _student_config(base: type, family: str) -> type:
         }
 
         @classmethod
-        def matches(cls, unet_config: dict[str, Any], state_dict: Mapping[str, Tensor] | None = None) -> bool:
-            if not super().matches(unet_config, state_dict):
+        def matches(
+            cls, unet_config: dict[str, Any], state_dict: Any = None, *args: Any, **kwargs: Any
+        ) -> bool:
+            if not super().matches(unet_config, state_dict, *args, **kwargs):
                 return False
             spec = None if state_dict is None else _spec_of(state_dict)
             return spec is not None and spec.family == family
 
-        def __init__(self, unet_config: dict[str, Any]) -> None:
-            super().__init__(unet_config)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
             self.spec: StudentSpec | None = None
 
-        def model_type(self, state_dict: dict[str, Tensor], prefix: str = "") -> Any:
+        def model_type(self, state_dict: dict[str, Tensor], prefix: str = "", **kwargs: Any) -> Any:
             spec = self._read(state_dict, prefix)
             if spec.ztsnr:
                 self.sampling_settings["zsnr"] = True
             wanted = comfy.model_base.ModelType
             return wanted.V_PREDICTION if spec.prediction_type == "v_prediction" else wanted.EPS
 
-        def get_model(self, state_dict: dict[str, Tensor], prefix: str = "", device: Any = None) -> Any:
+        def get_model(
+            self, state_dict: dict[str, Tensor], prefix: str = "", device: Any = None, **kwargs: Any
+        ) -> Any:
             spec = self._read(state_dict, prefix)
             self.unet_config["channel_mult"] = _multiples(state_dict, prefix, self.unet_config)
-            model = super().get_model(state_dict, prefix, device)
+            model = super().get_model(state_dict, prefix, device, **kwargs)
             return _as_student(model, spec, state_dict.get(prefix + COND_PROJ), device)
 
         def _read(self, state_dict: dict[str, Tensor], prefix: str) -> StudentSpec:
