@@ -130,7 +130,8 @@ function guidances(prompt, loader, sampling, facts) {
     }
     const { cfg_is_guidance: cfgCounts = true, guidance: ofLoader } = loader.inputs;
     const chosen = sampling.guidance ?? (cfgCounts ? sampling.cfg : undefined) ?? (ofLoader || facts.guidance[2]);
-    return typeof chosen === "number" ? [chosen] : [];
+    const value = nodeAt(prompt, chosen)?.inputs.value ?? chosen; // a primitive's
+    return typeof value === "number" ? [value] : [];
 }
 
 /** Sentences on a graph: [{about, id, text}], each of a node's id. */
@@ -143,7 +144,7 @@ function findings(prompt, factsById) {
         const { spec, guidance } = facts;
         const loader = prompt[loaderId];
         if (!suits(sampling, facts)) {
-            const text = `this student was trained for the timesteps ${spec.timesteps.join(", ")} with the sampler fewstep; ${sampling.sampler} with this scheduler leaves them: choose the sampler fewstep`;
+            const text = `this student was made for the sampler fewstep and the timesteps ${spec.timesteps.join(", ")}; ${sampling.sampler} with these steps and this scheduler is not that: choose the sampler fewstep`;
             found.push({ about: "sampler", id, text });
         }
         if (facts.kind === "baked" && typeof cfg === "number" && cfg !== 1 && cfg !== spec.baked_guidance) {
@@ -181,9 +182,9 @@ function toast(detail, severity = "warn") {
 
 /** Before a graph is queued: what does not suit it, and what was mended meanwhile may be said again. */
 async function review(prompt) {
-    const texts = findings(prompt, await factsOfAll(prompt)).map(({ text }) => text);
-    said = new Set([...said].filter((text) => texts.includes(text)));
-    texts.forEach((text) => toast(text));
+    const found = findings(prompt, await factsOfAll(prompt));
+    said = new Set(found.map(({ text }) => text).filter((text) => said.has(text)));
+    found.forEach(({ about, text }) => toast(text, about === "negative" ? "info" : "warn"));
 }
 
 /** A read-only text at a node's end, neither saved nor sent. NOTED nodes always have it; on others Nodes 2.0 may not
@@ -282,7 +283,7 @@ app.registerExtension({
         const file = node.widgets?.find((widget) => widget.name === FOLDERS[node.comfyClass]?.[1]);
         if (file) {
             let last; // unset while the load that made this node goes on: only a hand comes later
-            setTimeout(() => (last = file.value));
+            setTimeout(() => ((last = file.value), edited()));
             const { callback } = file;
             file.callback = function (value, ...rest) {
                 const result = callback?.call(this, value, ...rest);

@@ -1,4 +1,4 @@
-"""A real browser for the tests: Debian's Chromium, driven by playwright-core (npm, its version locked here)."""
+"""A real browser for the tests: Debian's Chromium, driven by playwright-core from npm, locked here."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from hosts.comfyui import Unavailable
 
 HERE = Path(__file__).parent
 _LOCK = ("package.json", "package-lock.json")
+
+
+class Missing(Unavailable):
+    """A program that nobody promised is not here."""
 
 
 class Browser:
@@ -48,6 +52,9 @@ class Browser:
     def click(self, selector: str) -> None:
         self._do("click", selector)
 
+    def click_at(self, x: float, y: float) -> None:
+        self._do("clickAt", x, y)
+
     def screenshot(self, path: Path, clip: dict[str, float] | None = None) -> None:
         self._do("screenshot", str(path), clip)
 
@@ -70,7 +77,7 @@ class Browser:
 def _program(name: str) -> str:
     found = shutil.which(name)
     if found is None:
-        raise Unavailable(f"there is no {name} on the PATH, which the browser tests need")
+        raise Missing(f"there is no {name} on the PATH, which the browser tests need")
     return found
 
 

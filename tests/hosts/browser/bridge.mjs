@@ -9,7 +9,7 @@ const browser = await chromium.launch({ executablePath, args: ["--headless", "--
 const page = await browser.newPage({ viewport: { width: 1600, height: 1000 } });
 const errors = [];
 page.on("pageerror", (error) => errors.push(String(error)));
-page.setDefaultTimeout(60000);
+page.setDefaultTimeout(30000);
 
 const run = ([source, argument]) => [`(${source})(${JSON.stringify(argument ?? null)})`];
 const commands = {
@@ -17,11 +17,8 @@ const commands = {
     evaluate: (...call) => page.evaluate(...run(call)),
     wait: (...call) => page.waitForFunction(...run(call)).then(() => null),
     click: (selector) => page.click(selector).then(() => null),
-    choose: async (x, y) => { await page.mouse.click(x, y); },
-    type: (text) => page.keyboard.type(text).then(() => null),
-    press: (key) => page.keyboard.press(key).then(() => null),
-    size: (width, height) => page.setViewportSize({ width, height }).then(() => null),
-    screenshot: (path, clip) => page.screenshot({ path, clip: clip ?? undefined, ...(path.endsWith(".jpg") && { quality: 85 }) }).then(() => null),
+    clickAt: (x, y) => page.mouse.click(x, y).then(() => null),
+    screenshot: (path, clip) => page.screenshot({ path, clip: clip ?? undefined }).then(() => null),
     errors: () => errors.splice(0),
 };
 
