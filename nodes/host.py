@@ -33,7 +33,9 @@ import comfy.model_base
 import comfy.patcher_extension
 import comfy.samplers
 import comfy.supported_models
+import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
@@ -42,10 +44,11 @@ from ..toolkit.diffusion.grid import trailing_timesteps
 from ..toolkit.diffusion.guidance import bias_shift
 from ..toolkit.diffusion.schedule import CLEAN
 from ..toolkit.diffusion.spec import SPEC_KEY, StudentSpec
-from ..toolkit.runtime.files import load_tensors, spec_tensor, spec_text
+from ..toolkit.runtime.files import SAVED_SPEC, load_tensors, spec_tensor, spec_text
 from ..toolkit.runtime.student import (
     COND_PROJ,
     LORA_COND_PROJ,
+    NO_NEGATIVE,
     LiveNegative,
     embedded,
     guessed_spec,
@@ -142,9 +145,19 @@ class StudentModel:
             time_embed.w = None
 
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The host's save nodes write no foreign metadata, so the spec goes among the weights."""
+        """The host's save nodes write no foreign metadata, so the spec goes among the UNet's weights."""
         saved = super().state_dict_for_saving(*args, **kwargs)  # type: ignore[misc]
-        return {**saved, SPEC_KEY: spec_tensor(self.fewstep)}  # type: ignore[attr-defined]
+        return {**saved, SAVED_SPEC: spec_tensor(self.fewstep)}  # type: ignore[attr-defined]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The host's merge nodes ask model2 for its weights, and keep only those that model1 has too."""
+        model1 = _from_callers("model1", lambda found: isinstance(found, ModelPatcher))
+        if model1 is not None and student_of(model1) is None:
+            say(
+                "a merge keeps the guidance dial of model1, which is no student here: the dial is gone; "
+                "connect the student as model1"
+            )
+        return super().state_dict(*args, **kwargs)  # type: ignore[misc]
 
 
 class Multiple(Fraction):
@@ -190,6 +203,8 @@ def _student_config(base: type, family: str) -> type:
             self, state_dict: dict[str, Tensor], prefix: str = "", device: Any = None, **kwargs: Any
         ) -> Any:
             spec = self._read(state_dict, prefix)
+            for key in [key for key in state_dict if key.endswith(SPEC_KEY)]:
+                del state_dict[key]  # it is read; the network has no such weight
             self.unet_config["channel_mult"] = _multiples(state_dict, prefix, self.unet_config)
             model = super().get_model(state_dict, prefix, device, **kwargs)
             return _as_student(model, spec, state_dict.get(prefix + COND_PROJ), device)
@@ -216,8 +231,9 @@ def _spec_of(state_dict: Mapping[str, Tensor]) -> StudentSpec | None:
     metadata = _from_callers("metadata", lambda found: isinstance(found, dict) and SPEC_KEY in found)
     if metadata is not None:
         return StudentSpec.from_json(metadata[SPEC_KEY])
-    if SPEC_KEY in state_dict:
-        return StudentSpec.from_json(spec_text(state_dict[SPEC_KEY]))
+    for key in state_dict:
+        if key.endswith(SPEC_KEY):
+            return StudentSpec.from_json(spec_text(state_dict[key]))
     return guessed_spec(state_dict) if any(key.endswith(COND_PROJ) for key in state_dict) else None
 
 
@@ -236,6 +252,9 @@ def _as_student(model: Any, spec: StudentSpec, cond_proj: Tensor | None, device:
     unet = model.diffusion_model
     if cond_proj is not None:
         width, dim = cond_proj.shape
+        expected = (unet.model_channels, spec.w_embedding.dim if spec.w_embedding else dim)
+        if (width, dim) != expected:
+            raise BadInput(f"the student's cond_proj has the shape {(width, dim)}; {expected} was expected")
         layer = type(unet.time_embed[0])(dim, width, bias=False, dtype=unet.dtype, device=device)
         unet.time_embed = TimeEmbed(unet.time_embed, layer)
     base = type(model)
@@ -243,6 +262,12 @@ def _as_student(model: Any, spec: StudentSpec, cond_proj: Tensor | None, device:
     model.fewstep = spec
     model.model_sampling.fewstep = spec
     return model
+
+
+def missing_weights(patcher: Any, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Keys of a MODEL's UNet that a checkpoint, with its keys under the usual prefix, does not have."""
+    wanted = patcher.model.diffusion_model.state_dict()
+    return [key for key in wanted if f"model.diffusion_model.{key}" not in tensors]
 
 
 def with_student_lora(patcher: Any, path: Path, spec: StudentSpec, strength: float) -> Any:
@@ -270,16 +295,26 @@ def with_student_lora(patcher: Any, path: Path, spec: StudentSpec, strength: flo
 
 def _add_lora(clone: Any, tensors: Mapping[str, Tensor], path: Path, strength: float) -> None:
     known = comfy.lora.model_lora_keys_unet(clone.model, {})
-    names = {key.split(".")[0] for key in tensors}
-    if unknown := sorted(names - set(known)):
+    names = sorted({key.split(".")[0] for key in tensors})
+    strange = [name for name in names if name not in known or not _fits(clone, known[name], name, tensors)]
+    if strange:
         raise BadInput(
-            f"{path.name}: {len(unknown)} of {len(names)} of its layers are not in this model, "
-            f"{unknown[0]} for one; connect a checkpoint of the family that the student was made for"
+            f"{path.name}: {len(strange)} of {len(names)} of its layers do not fit this model, {strange[0]} "
+            "for one; connect a checkpoint of the family that the student was made for"
         )
-    patches = comfy.lora.load_lora(dict(tensors), known)
-    added = set(clone.add_patches(patches, strength))
-    if lost := sorted(str(key) for key in set(patches) - added):
-        raise BadInput(f"{path.name}: the model has no weights for {', '.join(lost[:3])}")
+    clone.add_patches(comfy.lora.load_lora(dict(tensors), known), strength)
+
+
+def _fits(patcher: Any, key: str, name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a layer of a LoRA has the shape of the model's weight under ``key``."""
+    shape = tuple(comfy.utils.get_attr(patcher.model, key).shape)
+    down, up = tensors.get(f"{name}.lora_down.weight"), tensors.get(f"{name}.lora_up.weight")
+    if (down is None) != (up is None):
+        return False
+    if down is not None and up is not None:
+        return (up.shape[0], *down.shape[1:2]) == shape[:2]
+    diff, diff_b = tensors.get(f"{name}.diff"), tensors.get(f"{name}.diff_b")
+    return (diff is None or tuple(diff.shape) == shape) and (diff_b is None or len(diff_b) == shape[0])
 
 
 def _take_off_shift(tensors: dict[str, Tensor], patcher: Any, cond_proj: Tensor, spec: StudentSpec) -> None:
@@ -349,17 +384,33 @@ def _run(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any],
     _warn_of_habits(spec, options, guider)
     _warn_of_sampler(spec, guider, executor.class_obj, sigmas)
     guidance = _guidance_of_run(spec, options, guider)
-    heeds = options.live_negative and "negative" in guider.conds and spec.has_dial
-    live = live_negative(spec, guidance) if heeds else LiveNegative(1.0, guidance, guidance)
+    wanted = {
+        name: [_values(cond.get("guidance"), guidance, count=len(args[1])) for cond in conds]
+        for name, conds in guider.conds.items()
+    }
+    live = _live_negative(spec, wanted) if options.live_negative else NO_NEGATIVE
     for name, conds in guider.conds.items():
-        for cond in conds:
-            values = _values(cond.get("guidance"), guidance, count=len(args[1]))
+        for cond, values in zip(conds, wanted[name], strict=True):
             _check_guidance(spec, values, stated="guidance" in cond or options.asked is not None)
             if spec.has_dial:
-                fed = [live.negative] if name == "negative" else [value / live.cfg for value in values]
+                negative = name == "negative" and live is not NO_NEGATIVE
+                fed = [live.negative] if negative else [value / live.cfg for value in values]
                 cond["model_conds"][_EMBEDDED] = comfy.conds.CONDRegular(embedded(spec, fed))
     with _cfg(guider, extra_args["model_options"], live.cfg):
         return executor(guider, sigmas, extra_args, *args, **kwargs)
+
+
+def _live_negative(spec: StudentSpec, wanted: Mapping[str, list[list[float]]]) -> LiveNegative:
+    """How a run heeds its negative prompt; both evaluations share one guidance."""
+    if "negative" not in wanted or not spec.has_dial:
+        return NO_NEGATIVE
+    guidances = sorted({value for values in wanted["positive"] for value in values})
+    if len(guidances) > 1:
+        raise BadInput(
+            "a live negative prompt needs one guidance for all prompts, regions and pictures; "
+            f"{', '.join(f'{value:g}' for value in guidances)} were given"
+        )
+    return live_negative(spec, guidances[0])
 
 
 def _check_guidance(spec: StudentSpec, values: Sequence[float], *, stated: bool) -> None:
@@ -378,7 +429,12 @@ def _guidance_of_run(spec: StudentSpec, options: Choice, guider: Any) -> float:
     if options.asked is not None:
         return options.asked
     given = options.cfg_is_guidance and "negative" in guider.conds
-    return float(guider.cfg) if given else usual
+    return _cfg_of(guider) if given else usual
+
+
+def _cfg_of(guider: Any) -> float:
+    """What a sampler node calls cfg; a guider of two has its prompt's as ``cfg1``."""
+    return float(getattr(guider, "cfg1", guider.cfg))
 
 
 def _values(found: Any, otherwise: float, count: int) -> list[float]:
@@ -427,7 +483,7 @@ def _positive_only(
 
 def _warn_of_habits(spec: StudentSpec, options: Choice, guider: Any) -> None:
     """What people's graphs do out of habit and a student does not heed."""
-    cfg = float(guider.cfg)
+    cfg = _cfg_of(guider)
     if "negative" in guider.conds and not options.live_negative:
         baked = f'; "{spec.negative}" is baked in' if spec.negative else ""
         say(f"the negative prompt has no effect on this student{baked} (live_negative heeds one)", "info")

@@ -105,11 +105,22 @@ def load_checkpoint(path: Path, found: StudentFile) -> tuple[Any, Any, Any]:
     tensors = found.header.tensors
     knows_clip, knows_vae = small.knows_clip(tensors), small.knows_vae(tensors)
     embeddings = folder_paths.get_folder_paths("embeddings")
-    model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
-        str(path), output_clip=knows_clip, output_vae=knows_vae, embedding_directory=embeddings
-    )
+    try:
+        model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
+            str(path), output_clip=knows_clip, output_vae=knows_vae, embedding_directory=embeddings
+        )
+    except (BadInput, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(
+            f"{path.name}: the weights do not make a network ({reason}); export it again"
+        ) from None
     if host.student_of(model) is None:
         raise BadInput(f"{path.name}: this ComfyUI does not recognise the student; update FewStep")
+    if missing := host.missing_weights(model, tensors):
+        raise BadInput(
+            f"{path.name}: {len(missing)} weights of the network are missing, {missing[0]} for one; the file "
+            "is damaged: download or export it again"
+        )
     if not (knows_clip and knows_vae):
         weights = load_tensors(path)
         try:

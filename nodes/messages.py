@@ -12,13 +12,13 @@ _log = logging.getLogger("fewstep")
 _said: set[tuple[str | None, str]] = set()
 
 
-def say(text: str, severity: Literal["info", "warn"] = "warn") -> None:
+def say(text: str, severity: Literal["info", "warn"] = "warn", *, once: bool = True) -> None:
     """Log a sentence and show it as a toast: a warning once a prompt, an information once and for all."""
     context = get_executing_context()
-    once = (context.prompt_id if context is not None and severity == "warn" else None, text)
-    if once in _said:
+    told = (context.prompt_id if context is not None and severity == "warn" else None, text)
+    if once and told in _said:
         return
-    _said.add(once)
+    _said.add(told)
     _log.log(logging.WARNING if severity == "warn" else logging.INFO, "FewStep: %s", text)
     _send({"text": text, "severity": severity, "node": _running_node()})
 

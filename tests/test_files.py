@@ -19,6 +19,7 @@ import torch
 from toolkit.diffusion.errors import BadInput
 from toolkit.diffusion.spec import SPEC_KEY, StudentSpec
 from toolkit.runtime.files import (
+    SAVED_SPEC,
     atomic_path,
     load_tensors,
     modelspec,
@@ -236,7 +237,7 @@ def test_hash_of_a_file_is_of_the_whole_and_of_a_folder_of_its_unet_files_in_ord
 
 def test_a_spec_that_a_host_saved_among_the_weights_is_read(tmp_path):
     path = tmp_path / "saved by a host.safetensors"
-    save_tensors({"x": torch.zeros(1), SPEC_KEY: spec_tensor(SPEC)}, {}, path)
+    save_tensors({"x": torch.zeros(1), SAVED_SPEC: spec_tensor(SPEC)}, {}, path)
     assert read_spec(path) == SPEC
-    save_tensors({"x": torch.zeros(1), SPEC_KEY: spec_tensor(SPEC).half()}, {}, path)
+    save_tensors({"x": torch.zeros(1), SAVED_SPEC: spec_tensor(SPEC).half()}, {}, path)
     assert read_spec(path) == SPEC

@@ -11,7 +11,7 @@ from make_checkpoint import make_spec, make_student, make_teacher
 
 from toolkit.diffusion.errors import BadInput
 from toolkit.diffusion.guidance import w_embedding
-from toolkit.runtime.files import load_tensors, read_metadata, save_tensors, spec_tensor
+from toolkit.runtime.files import SAVED_SPEC, load_tensors, read_metadata, save_tensors, spec_tensor
 from toolkit.runtime.student import (
     describe,
     embedded,
@@ -48,7 +48,7 @@ def test_a_student_without_metadata_is_taken_for_its_familys_default(tmp_path):
     )  # fmt: skip
     marked = {**load_tensors(student), "v_pred": torch.zeros(0)}
     assert guessed_spec(marked).prediction_type == "v_prediction"
-    kept = {**load_tensors(student), "fewstep.spec": spec_tensor(make_spec(timesteps=(999, 499)))}
+    kept = {**load_tensors(student), SAVED_SPEC: spec_tensor(make_spec(timesteps=(999, 499)))}
     save_tensors(kept, {}, tmp_path / "saved.safetensors")
     saved = read_student(tmp_path / "saved.safetensors")
     assert saved.stated and saved.spec == make_spec(timesteps=(999, 499))

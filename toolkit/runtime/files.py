@@ -44,6 +44,9 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """safetensors' names of the dtypes that weights come in."""
 
+SAVED_SPEC = f"model.diffusion_model.{SPEC_KEY}"
+"""Where a host that writes no foreign metadata keeps a student's spec: among the UNet's weights, as bytes."""
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000
 _READ = 16 * 2**20
@@ -89,9 +92,9 @@ def spec_from(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], path: 
     file.
     """
     text = metadata.get(SPEC_KEY)
-    if text is None and SPEC_KEY in tensors:
-        kept = tensors[SPEC_KEY]
-        text = spec_text(load_tensors(path, keys=[SPEC_KEY])[SPEC_KEY] if kept.is_meta else kept)
+    if text is None and SAVED_SPEC in tensors:
+        kept = tensors[SAVED_SPEC]
+        text = spec_text(load_tensors(path, keys=[SAVED_SPEC])[SAVED_SPEC] if kept.is_meta else kept)
     if text is None:
         return None
     try:

@@ -96,6 +96,10 @@ class LiveNegative:
     negative: float
 
 
+NO_NEGATIVE = LiveNegative(1.0, 1.0, 1.0)
+"""One evaluation, of the positive prompt alone."""
+
+
 def live_negative(spec: StudentSpec, guidance: float) -> LiveNegative:
     """How a student heeds another negative prompt than the one it was trained with, at guidance g.
 
@@ -108,7 +112,7 @@ def live_negative(spec: StudentSpec, guidance: float) -> LiveNegative:
     spec.check_guidance(guidance)
     a = min(2.0, guidance / spec.guidance_min)
     if a <= 1:
-        return LiveNegative(1.0, guidance, guidance)
+        return NO_NEGATIVE
     negative = (guidance - 1) / (a - 1)
     if not spec.guidance_min <= negative <= spec.guidance_max:
         raise BadInput(

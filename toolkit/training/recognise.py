@@ -49,7 +49,7 @@ PREFIXES: dict[Part, str] = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, "text_encod
 
 _UNUSED = re.compile(
     r"(model_ema\.|first_stage_model\.loss\.|posterior_)|"
-    r"(betas|\w*alphas_cumprod(_prev)?|logvar|lvlb_weights|global_step|v_pred|ztsnr|fewstep\.spec)$|"
+    r"(betas|\w*alphas_cumprod(_prev)?|logvar|lvlb_weights|global_step|v_pred|ztsnr|model\.diffusion_model\.fewstep\.spec)$|"
     r"cond_stage_model\.(logit_scale|.*position_ids|.*text_projection(\.weight)?)$"
 )
 """Keys that checkpoints carry and inference does not use: training buffers, the running average, markers."""
