@@ -173,7 +173,7 @@ function findings(prompt, factsById) {
 
 // ---- what people see
 
-let said = new Set(); // of what the last graph was told, so that neither a batch nor the server repeats it
+let said = new Set(); // what this graph was told and has not mended: neither a batch nor the server repeats it
 
 function toast(detail, severity = "warn") {
     if (!said.has(detail)) app.extensionManager.toast.add({ severity, summary: "FewStep", detail, life: 12000 });
@@ -283,7 +283,11 @@ app.registerExtension({
         const file = node.widgets?.find((widget) => widget.name === FOLDERS[node.comfyClass]?.[1]);
         if (file) {
             let last; // unset while the load that made this node goes on: only a hand comes later
-            setTimeout(() => ((last = file.value), edited()));
+            setTimeout(() => {
+                last = file.value;
+                said.clear();
+                edited();
+            });
             const { callback } = file;
             file.callback = function (value, ...rest) {
                 const result = callback?.call(this, value, ...rest);
