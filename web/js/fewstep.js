@@ -35,10 +35,7 @@ async function factsOfAll(prompt) {
     return new Map(await Promise.all(facts));
 }
 
-const isStudent = (facts) => facts !== null && facts !== undefined && facts.kind !== "other";
-
-/** What the server says of a student, without the file's name, which stands above. */
-const describe = ({ kind, sentence }) => (kind === "other" ? "" : sentence.slice(sentence.indexOf(": ") + 2));
+const isStudent = (facts) => facts != null && facts.kind !== "other";
 
 // ---- graphs, in the form that the server gets: {id: {class_type, inputs}}, a link being [id, slot]
 
@@ -72,14 +69,17 @@ const isLink = (value) => Array.isArray(value) && value.length === 2;
 const CONDITIONINGS = ["conditioning", "conditioning_1", "positive"];
 const nodeAt = (prompt, link) => (isLink(link) ? prompt[link[0]] : undefined);
 
-/** The nodes from a link upwards, following the first of these inputs that is connected. */
+/** The nodes from a link upwards, following the first of these inputs that is connected; of a node with a positive
+and a negative prompt, whichever the link comes from. */
 function* upwards(prompt, link, names) {
     const seen = new Set();
-    while (isLink(link) && prompt[link[0]] && !seen.has(link[0])) {
-        const node = prompt[link[0]];
-        seen.add(link[0]);
-        yield [link[0], node];
-        link = names.map((name) => node.inputs[name]).find(isLink);
+    while (nodeAt(prompt, link) && !seen.has(link[0])) {
+        const [id, slot] = link;
+        const { inputs } = prompt[id];
+        seen.add(id);
+        yield [id, prompt[id]];
+        const next = slot === 1 && isLink(inputs.positive) && isLink(inputs.negative) ? ["negative"] : names;
+        link = next.map((name) => inputs[name]).find(isLink);
     }
 }
 
@@ -220,8 +220,11 @@ async function refresh() {
     const marks = findings(prompt, facts).filter(({ about }) => about === "guidance");
     for (const node of app.graph.nodes) {
         const id = String(node.id);
+        const said = facts.get(id)?.sentence ?? ""; // "NAME: ...", the name standing above
         const mark = marks.find((finding) => finding.id === id)?.text ?? "";
-        if (node.comfyClass !== "FewStepStudentInfo") note(node, facts.get(id) ? describe(facts.get(id)) : mark);
+        if (node.comfyClass === "FewStepStudentInfo") continue;
+        if (!facts.has(id)) note(node, mark);
+        else note(node, isStudent(facts.get(id)) || NOTED.includes(node.comfyClass) ? said.slice(said.indexOf(": ") + 2) : "");
     }
     return marks.map(({ text }) => text);
 }
