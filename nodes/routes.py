@@ -1,5 +1,5 @@
-"""What the host's web server does for us: GET /fewstep/student says what a file in "checkpoints" or "loras" is,
-for the browser; and a look at each graph that is queued, for what no node of ours would notice.
+"""What the host's web server does for us: GET /fewstep/student says what a file in "checkpoints" or "loras"
+is, for the browser; and a look at each graph that is queued, for what no node of ours would notice.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ async def student(request: web.Request) -> web.Response:
 
 
 def look_at_graph(request: dict[str, Any]) -> dict[str, Any]:
-    """Say so if a student LoRA's model is about to be saved: the host saves the checkpoint with the LoRA in it,
-    and has no place for the LoRA's dial. The request goes on as it is."""
+    """Say so if a student LoRA's model is about to be saved: the host saves the checkpoint with the LoRA in
+    it, and has no place for the LoRA's dial. The request goes on as it is."""
     graph: dict[str, Any] = request.get("prompt") or {}
     if any(node.get("class_type") in _SAVERS and _has_student_lora(graph, node) for node in graph.values()):
         say(
-            "a student LoRA's guidance dial is not saved with the checkpoint: the saved file is no student; share "
-            "the LoRA, or save the merged student that `python -m toolkit.distill` writes beside it",
+            "a student LoRA's guidance dial is not saved with the checkpoint: the saved file is no student; "
+            "share the LoRA, or the merged student that `python -m toolkit.distill` writes beside it",
             once=False,
         )
     return request
