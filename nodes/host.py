@@ -456,8 +456,9 @@ def _cfg(guider: Any, model_options: dict[str, Any], cfg: float) -> Iterator[Non
     before = guider.cfg
     guider.cfg = cfg
     if cfg == 1:
-        for habit in ("disable_cfg1_optimization", "sampler_cfg_function"):
-            model_options.pop(habit, None)
+        model_options.pop("sampler_cfg_function", None)
+        if not model_options.get("sampler_post_cfg_function"):  # some read the negative's evaluation
+            model_options.pop("disable_cfg1_optimization", None)
         if _has_own_arithmetic(guider):
             comfy.patcher_extension.add_wrapper_with_key(
                 WrappersMP.PREDICT_NOISE, KEY, _positive_only, guider.model_options, is_model_options=True
@@ -496,10 +497,10 @@ def _warn_of_habits(spec: StudentSpec, options: Choice, guider: Any) -> None:
         say(f"this student has no guidance dial: cfg {cfg:g} has no effect")
     if "sampler_cfg_function" in guider.model_options:
         say("RescaleCFG and other changes of the cfg formula have no effect on a student: there is no cfg")
-    if guider.model_options.get("sampler_post_cfg_function"):
+    if any(guider.model_options.get(f"sampler_{when}_cfg_function") for when in ("pre", "post")):
         say(
-            "PAG, SEG and other corrections after cfg still act, at an evaluation more a step; the student "
-            "was not trained for them"
+            "PAG, SAG, SEG, APG and other corrections around cfg may still act, some at an evaluation or two "
+            "more a step; the student was not trained for them"
         )
     if _has_own_arithmetic(guider):
         say(f"{type(guider).__name__} has no effect on a student: the positive prompt alone is evaluated")
