@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,7 @@ def load_checkpoint(path: Path, found: StudentFile) -> tuple[Any, Any, Any]:
             str(path), output_clip=knows_clip, output_vae=knows_vae, embedding_directory=embeddings
         )
     except (BadInput, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise BadInput(
-            f"{path.name}: the weights do not make a network ({reason}); export it again"
-        ) from None
+        raise BadInput(f"{path.name}: {_reason(error)}; download or export it again") from None
     if host.student_of(model) is None:
         raise BadInput(f"{path.name}: this ComfyUI does not recognise the student; update FewStep")
     if missing := host.missing_weights(model, tensors):
@@ -129,6 +127,12 @@ def load_checkpoint(path: Path, found: StudentFile) -> tuple[Any, Any, Any]:
         except BadInput as error:
             raise BadInput(f"{path.name}: {error}") from None
     return model, clip, vae
+
+
+def _reason(error: Exception) -> str:
+    """torch's paragraph on the first of many weights that do not fit, in a few words."""
+    found = re.search(r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\)", str(error))
+    return f"{found[1]} has the shape {found[2]}, which does not fit the network" if found else str(error)
 
 
 class FewStepLoadStudentLora(io.ComfyNode):
