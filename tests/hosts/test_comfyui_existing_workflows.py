@@ -149,7 +149,7 @@ def test_a_lora_of_other_layers_is_one_sentence(bench: Bench, models: Models) ->
     }
     spec = make_spec(container="lora", baked_guidance=7.5, lora_rank=4)
     lora = models.lora("foreign", foreign, {"fewstep.spec": spec.to_json()}, spec)
-    with pytest.raises(Failed, match=r"^foreign\.safetensors: 4 of 5 of its layers are not in this model"):
+    with pytest.raises(Failed, match=r"^foreign\.safetensors: 4 of 5 of its layers do not fit this model"):
         bench.sampled(stock(bench, load_student_lora(bench, bench.load(models.teacher)[0], lora)))
 
 
@@ -419,6 +419,42 @@ def test_rescale_cfg_has_no_effect_and_that_is_said_once(bench: Bench, models: M
     assert_equal(found, expected(models.epsilon))
 
 
+@pytest.mark.parametrize(
+    ("node", "choices"),
+    [
+        ("Mahiro", {}),
+        ("TCFG", {}),
+        ("CFGNorm", {"strength": 1.0}),
+        ("CFGZeroStar", {}),
+        ("PerpNeg", {"neg_scale": 1.0}),
+        ("FreSca", {"scale_low": 1.0, "scale_high": 1.25, "freq_cutoff": 20}),
+        ("HyperTile", {"tile_size": 256, "swap_size": 2, "max_depth": 0, "scale_depth": False}),
+    ],
+)
+def test_other_changes_of_cfg_do_nothing_at_one_evaluation_a_step(
+    bench: Bench, models: Models, node: str, choices: dict[str, Any]
+) -> None:
+    if node == "PerpNeg":
+        choices = {**choices, "empty_conditioning": bench.conditioning(0 * COND)}
+
+    def sample(watched: Link) -> Link:
+        return stock(bench, bench(node, model=watched, **choices)[0])
+
+    found, rows = evaluations(bench, sample, bench.load(models.epsilon)[0])
+    assert rows == [2, 2, 2, 2]
+    assert_equal(found, expected(models.epsilon))
+
+
+def test_self_attention_guidance_runs_or_says_that_it_cannot(bench: Bench, models: Models) -> None:
+    model = bench("SelfAttentionGuidance", model=bench.load(models.epsilon)[0], scale=0.5, blur_sigma=2.0)
+    try:
+        bench.sampled(stock(bench, model[0]))
+    except Failed as failure:
+        assert "student" in str(failure) and "\n" not in str(failure).strip(), str(failure)
+    else:
+        assert any("after cfg" in text for text in warnings(bench.last))
+
+
 def test_pag_acts_at_one_evaluation_more_and_that_is_said_once(bench: Bench, models: Models) -> None:
     def sample(watched: Link) -> Link:
         return stock(bench, bench("PerturbedAttentionGuidance", model=watched, scale=2.0)[0])
@@ -449,7 +485,7 @@ def perp_neg(bench: Bench, model: Link, positive: Link) -> Link:
 
 def dual_cfg(bench: Bench, model: Link, positive: Link) -> Link:
     others = {"cond2": bench.conditioning(OTHER), "negative": bench.conditioning(0 * COND)}
-    scales = {"cfg_conds": 7.0, "cfg_cond2_negative": 7.0, "style": "regular"}
+    scales = {"cfg_conds": 7.0, "cfg_cond2_negative": 5.0, "style": "regular"}
     return bench("DualCFGGuider", model=model, cond1=positive, **others, **scales)[0]
 
 
@@ -481,9 +517,7 @@ def test_a_guider_with_arithmetic_of_its_own_evaluates_the_positive_prompt_alone
     assert rows == [2, 2, 2, 2]
     told = [text for text in warnings(bench.last) if "positive prompt alone" in text]
     assert len(told) == (make is not cfg_guider)
-    # DualCFGGuider has two scales and no cfg, so the student's default is taken.
-    otherwise = 7.5 if make is dual_cfg else 7.0
-    assert_equal(found, expected(models.epsilon, guidance=3.0 if with_key else otherwise))
+    assert_equal(found, expected(models.epsilon, guidance=3.0 if with_key else 7.0))
 
 
 # -- Masks -----------------------------------------------------------------------------------------------
