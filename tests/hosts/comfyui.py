@@ -170,11 +170,13 @@ class ComfyUI:
         packages = {"PYTHONPATH": os.pathsep.join(map(str, self.host.packages))} if self.host.packages else {}
         arguments = ["--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--disable-api-nodes"]
         arguments += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
+        # Bytecode is kept even where the tests' own is not: a start takes 1.75 s of CPU more without.
+        settings = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": ""}
         with open(self.log_file, "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 [str(self.host.python), "main.py", *arguments, *self.options],
                 cwd=self.host.folder,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **packages},
+                env={**os.environ, **settings, **packages},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -113,8 +113,14 @@ def test_a_baked_file_has_its_guidance_whatever_the_cfg(
     assert_equal(found, expected(models.epsilon, guidance=BAKED_GUIDANCE))
 
 
-@pytest.mark.parametrize("scheduler", ["fewstep", "simple", "normal", "karras"])
-@pytest.mark.parametrize("name", ["epsilon", "velocity", "stochastic", "three_steps"])
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        *((name, "fewstep") for name in ("epsilon", "velocity", "stochastic", "three_steps")),
+        *(("epsilon", scheduler) for scheduler in ("simple", "normal", "karras")),
+        ("stochastic", "karras"),
+    ],
+)
 def test_stock_nodes_with_the_sampler_fewstep_are_the_packs_own_pixel_for_pixel(
     bench: Bench, models: Models, name: str, scheduler: str
 ) -> None:
@@ -204,7 +210,7 @@ def test_ksampler_advanced_started_late_adds_the_noise_of_that_level(bench: Benc
 # -- The pack's own nodes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("denoise", [1.0, 0.5, 0.62, 0.2])
+@pytest.mark.parametrize("denoise", [1.0, 0.62, 0.2])
 @pytest.mark.parametrize("name", ["epsilon", "velocity", "stochastic", "three_steps"])
 def test_txt2img_and_img2img(bench: Bench, models: Models, name: str, denoise: float) -> None:
     model = getattr(models, name)
