@@ -4,6 +4,7 @@ regions, hooks, guiders and patches of the guidance, masks."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,14 +133,17 @@ def test_a_student_lora_takes_one_evaluation_a_step(bench: Bench, models: Models
     assert evaluations(bench, lambda watched: stock(bench, watched), model)[1] == [2, 2, 2, 2]
 
 
-def test_a_student_lora_of_other_shapes_is_one_sentence(bench: Bench, models: Models) -> None:
-    wider = dict(models.student_lora.tensors)
-    for key in [key for key in wider if "attn2_to_k.lora_down" in key]:
-        wider[key] = torch.zeros(4, 1024)
+@pytest.mark.parametrize("wider", ["attn2_to_k.lora_down", "time_embedding_linear_1.diff", "cond_proj"])
+def test_a_student_lora_of_other_shapes_is_one_sentence(bench: Bench, models: Models, wider: str) -> None:
+    tensors = dict(models.student_lora.tensors)
+    shapes = {"attn2_to_k.lora_down": (4, 1024), "time_embedding_linear_1.diff": (1536, 384)}
+    for key in [key for key in tensors if wider in key and not key.endswith("diff_b")]:
+        tensors[key] = torch.zeros(shapes.get(wider, (384, 256)))
     spec = make_spec(container="lora", baked_guidance=7.5, lora_rank=4)
-    lora = models.lora("sd2_lora", wider, {"fewstep.spec": spec.to_json()}, spec)
-    with pytest.raises(Failed, match=r"^sd2_lora\.safetensors: [^\n]+$"):
+    lora = models.lora("other_shapes", tensors, {"fewstep.spec": spec.to_json()}, spec)
+    with pytest.raises(Failed) as failure:
         bench.sampled(stock(bench, load_student_lora(bench, bench.load(models.teacher)[0], lora)))
+    assert re.fullmatch(r"other_shapes\.safetensors: [^\n]+", str(failure.value).strip())
 
 
 def test_a_lora_of_other_layers_is_one_sentence(bench: Bench, models: Models) -> None:
@@ -445,14 +449,24 @@ def test_other_changes_of_cfg_do_nothing_at_one_evaluation_a_step(
     assert_equal(found, expected(models.epsilon))
 
 
-def test_self_attention_guidance_runs_or_says_that_it_cannot(bench: Bench, models: Models) -> None:
-    model = bench("SelfAttentionGuidance", model=bench.load(models.epsilon)[0], scale=0.5, blur_sigma=2.0)
-    try:
-        bench.sampled(stock(bench, model[0]))
-    except Failed as failure:
-        assert "student" in str(failure) and "\n" not in str(failure).strip(), str(failure)
-    else:
-        assert any("after cfg" in text for text in warnings(bench.last))
+@pytest.mark.parametrize(
+    ("node", "choices", "evaluated"),
+    [
+        ("SelfAttentionGuidance", {"scale": 0.5, "blur_sigma": 2.0}, 24),
+        ("APG", {"eta": 1.0, "norm_threshold": 5.0, "momentum": 0.0}, 8),
+    ],
+)
+def test_corrections_that_still_act_are_said_once(
+    bench: Bench, models: Models, node: str, choices: dict[str, Any], evaluated: int
+) -> None:
+    def sample(watched: Link) -> Link:
+        return stock(bench, bench(node, model=watched, **choices)[0])
+
+    found, rows = evaluations(bench, sample, bench.load(models.epsilon)[0])
+    [told] = warnings(bench.last)
+    assert ("SAG" if node == "SelfAttentionGuidance" else node) in told and "still act" in told
+    assert sum(rows) == evaluated, "rows of a batch of two in four steps"
+    assert relative_error(found, expected(models.epsilon)) > 1e-3
 
 
 def test_pag_acts_at_one_evaluation_more_and_that_is_said_once(bench: Bench, models: Models) -> None:
@@ -461,7 +475,7 @@ def test_pag_acts_at_one_evaluation_more_and_that_is_said_once(bench: Bench, mod
 
     found, rows = evaluations(bench, sample, bench.load(models.epsilon)[0])
     [told] = warnings(bench.last)
-    assert "PAG" in told and "evaluation more" in told
+    assert "PAG" in told and "still act" in told
     assert sum(rows) == 16
     network, perturbed = unet(models.epsilon), Unet(models.epsilon.tensors)
     attention = perturbed.network.mid_block.attentions[0].transformer_blocks[0].attn1  # type: ignore[union-attr]
