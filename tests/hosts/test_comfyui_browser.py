@@ -323,7 +323,7 @@ def test_guidance_out_of_range_is_marked_on_the_node_and_said(
     front.wait("() => app.graph.getNodeById(5).widgets.every((w) => w.name !== 'student')")
 
 
-def test_a_merge_that_loses_the_dial_is_told(front: Browser, server: ComfyUI, models: Models) -> None:
+def test_a_merge_that_loses_the_dial_is_told_once(front: Browser, server: ComfyUI, models: Models) -> None:
     prompt = sampling(models.teacher, steps=2, cfg=1.0)
     prompt["8"] = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": models.epsilon.name}}
     merge = {"model1": ["1", 0], "model2": ["8", 0], "ratio": 0.5}
@@ -332,6 +332,8 @@ def test_a_merge_that_loses_the_dial_is_told(front: Browser, server: ComfyUI, mo
     graph(front, prompt)
     assert queue(front, server)["status"]["status_str"] == "success"
     wait_for_toast(front, "the dial is gone")
+    time.sleep(0.5)
+    assert len([text for text in toasts(front) if "dial" in text]) == 1
 
 
 def test_suitable_graphs_are_told_nothing(front: Browser, server: ComfyUI, models: Models) -> None:

@@ -166,7 +166,7 @@ function findings(prompt, factsById) {
     for (const [id, { class_type: type, inputs }] of Object.entries(prompt)) {
         if (!type.startsWith("ModelMerge") || !studentAt(prompt, factsById, inputs.model2)) continue;
         if (studentAt(prompt, factsById, inputs.model1)) continue;
-        found.push({ about: "merge", id, text: `${type}: a merge keeps the guidance dial of model1, which is no student here: the dial is gone; connect the student as model1` });
+        found.push({ about: "merge", id, text: "a merge keeps the guidance dial of model1, which is no student here: the dial is gone; connect the student as model1" });
     }
     return found;
 }
