@@ -281,10 +281,12 @@ def with_student_lora(patcher: Any, path: Path, spec: StudentSpec, strength: flo
     tensors = load_tensors(path)
     cond_proj = tensors.pop(LORA_COND_PROJ, None)
     clone = patcher.clone()
+    layers = comfy.lora.model_lora_keys_unet(clone.model, {})
+    _check_fit(path, tensors, cond_proj, spec, clone, layers)
     if cond_proj is not None and spec.baked_guidance is not None:
         _take_off_shift(tensors, clone, cond_proj, spec)
         spec = replace(spec, baked_guidance=None)
-    _add_lora(clone, tensors, path, strength)
+    clone.add_patches(comfy.lora.load_lora(tensors, layers), strength)
     clone.set_attachments(KEY, spec)
     clone.add_object_patch("model_sampling", _sampling_of(patcher, spec))
     clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _run)
@@ -293,16 +295,28 @@ def with_student_lora(patcher: Any, path: Path, spec: StudentSpec, strength: flo
     return clone
 
 
-def _add_lora(clone: Any, tensors: Mapping[str, Tensor], path: Path, strength: float) -> None:
-    known = comfy.lora.model_lora_keys_unet(clone.model, {})
+def _check_fit(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    cond_proj: Tensor | None,
+    spec: StudentSpec,
+    patcher: Any,
+    layers: Mapping[str, str],
+) -> None:
+    """BadInput if a LoRA's layers, under the names of ``layers``, are not all the model's, in its shapes."""
     names = sorted({key.split(".")[0] for key in tensors})
-    strange = [name for name in names if name not in known or not _fits(clone, known[name], name, tensors)]
+    strange = [
+        name for name in names if name not in layers or not _fits(patcher, layers[name], name, tensors)
+    ]
+    if cond_proj is not None:
+        dim = spec.w_embedding.dim if spec.w_embedding else cond_proj.shape[1]
+        if tuple(cond_proj.shape) != (patcher.model.diffusion_model.model_channels, dim):
+            strange, names = [*strange, LORA_COND_PROJ], [*names, LORA_COND_PROJ]
     if strange:
         raise BadInput(
             f"{path.name}: {len(strange)} of {len(names)} of its layers do not fit this model, {strange[0]} "
             "for one; connect a checkpoint of the family that the student was made for"
         )
-    clone.add_patches(comfy.lora.load_lora(dict(tensors), known), strength)
 
 
 def _fits(patcher: Any, key: str, name: str, tensors: Mapping[str, Tensor]) -> bool:
