@@ -1,4 +1,4 @@
-"""Makes Stable Diffusion 1 checkpoints with random weights: fixtures for tests, and true-size files.
+"""Makes checkpoints of every family with random weights: fixtures for tests, and true-size files.
 
 ``python tests/make_checkpoint.py --shape sd15 --dtype fp16 -o model.safetensors`` writes one.
 """
@@ -24,8 +24,9 @@ from toolkit.diffusion.grid import trailing_timesteps
 from toolkit.diffusion.spec import StudentSpec
 from toolkit.runtime.files import save_tensors
 from toolkit.training.checkpoint import write_checkpoint
-from toolkit.training.layout import COND_PROJ
-from toolkit.training.recognise import PREFIXES, Part, build, expected_keys
+from toolkit.training.families import SD1, SD2, SDXL, Family, Part, TextPart
+from toolkit.training.layout import COND_PROJ, text_to_ldm, with_unused_layers
+from toolkit.training.recognise import build, expected_keys
 from toolkit.training.vocabulary import byte_symbols
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -34,7 +35,7 @@ TINY_VOCABULARY = 2 * 256 + 2
 
 @dataclass(frozen=True)
 class Shape:
-    """Constructor arguments of the three networks that differ from Stable Diffusion 1.5's.
+    """Constructor arguments of the networks that differ from Stable Diffusion 1.5's.
 
     ``vae`` None: a TAESD in its place, as ComfyUI reads it. ``text_dtype``: in the file, if not the others'.
     """
@@ -43,6 +44,12 @@ class Shape:
     vae: Mapping[str, Any] | None
     text: Mapping[str, Any]
     text_dtype: torch.dtype | None = None
+    family: Family = SD1
+    text_2: Mapping[str, Any] | None = None
+    size: int = 32
+
+    def encoder(self, part: TextPart) -> Mapping[str, Any]:
+        return (self.text_2 or {}) if part == "text_encoder_2" else self.text
 
 
 _VAE_LEVELS = {
@@ -66,29 +73,100 @@ _TWO_LEVELS = {
     "layers_per_block": 1,
 }
 _SMALL_UNET = {"block_out_channels": (320, 320), "cross_attention_dim": 768, **_TWO_LEVELS}
+_VIT_H = {
+    **_CLIP_L,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "hidden_act": "gelu",
+}
+_BIG_G = {
+    **_VIT_H,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+_SD21_UNET = {
+    **_SD15_UNET,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+_SDXL_UNET = {
+    "block_out_channels": (320, 640, 1280),
+    "cross_attention_dim": 2048,
+    "layers_per_block": 2,
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 1280 + 6 * 256,
+}
+_TINY_VAE = {"block_out_channels": (32, 64), "layers_per_block": 1, **_VAE_LEVELS[2]}
+_TINY_TEXT = {
+    "vocab_size": TINY_VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "max_position_embeddings": 24,
+    "hidden_act": "quick_gelu",
+    "bos_token_id": TINY_VOCABULARY - 2,
+    "eos_token_id": TINY_VOCABULARY - 1,
+    "pad_token_id": TINY_VOCABULARY - 1,
+}
+_TINY_BIG_G = {
+    **_TINY_TEXT,
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "hidden_act": "gelu",
+    "projection_dim": 48,
+}
+_TINY_SDXL_UNET = {
+    **_SDXL_UNET,
+    "block_out_channels": (64, 128),
+    "cross_attention_dim": 64 + 128,
+    "layers_per_block": 1,
+    "attention_head_dim": (1, 2),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2),
+    "projection_class_embeddings_input_dim": 48 + 6 * 256,
+}
+_TINY_SD2_UNET = {
+    "block_out_channels": (64, 128),
+    "cross_attention_dim": 64,
+    "attention_head_dim": (1, 2),
+    "use_linear_projection": True,
+    **_TWO_LEVELS,
+}
 SHAPES = {
-    "sd15": Shape(_SD15_UNET, _SD15_VAE, _CLIP_L),
+    "sd21": Shape(_SD21_UNET, _SD15_VAE, _VIT_H, family=SD2, size=768),
+    "sdxl": Shape(_SDXL_UNET, _SD15_VAE, _CLIP_L, family=SDXL, text_2=_BIG_G, size=1024),
+    "tiny-sd2": Shape(_TINY_SD2_UNET, _TINY_VAE, {**_TINY_TEXT, "hidden_act": "gelu"}, family=SD2),
+    "tiny-sdxl": Shape(
+        _TINY_SDXL_UNET, _TINY_VAE, {**_TINY_TEXT, "num_hidden_layers": 3}, family=SDXL, text_2=_TINY_BIG_G
+    ),
+    "sd15": Shape(_SD15_UNET, _SD15_VAE, _CLIP_L, size=512),
     # The smallest UNet that a stock ComfyUI takes for SD1.5 (36.7 M parameters); the rest is true to size.
     "small": Shape(_SMALL_UNET, _SD15_VAE, _CLIP_L),
     # The same with the smallest VAE and the smallest file of the text encoder that it takes: 274 MB in fp32.
     "comfy": Shape(_SMALL_UNET, None, _CLIP_L, torch.float8_e4m3fn),
     "tiny": Shape(
         {"block_out_channels": (32, 64), "cross_attention_dim": 64, **_TWO_LEVELS},
-        {"block_out_channels": (32, 64), "layers_per_block": 1, **_VAE_LEVELS[2]},
-        {
-            "vocab_size": TINY_VOCABULARY,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 1,
-            "max_position_embeddings": 24,
-            "hidden_act": "quick_gelu",
-            "bos_token_id": TINY_VOCABULARY - 2,
-            "eos_token_id": TINY_VOCABULARY - 1,
-            "pad_token_id": TINY_VOCABULARY - 1,
-        },
+        _TINY_VAE,
+        _TINY_TEXT,
     ),
 }
+TINY = {"sd1": "tiny", "sd2": "tiny-sd2", "sdxl": "tiny-sdxl"}
+"""The smallest shape of each family."""
 
 
 def make_tensors(
@@ -98,19 +176,19 @@ def make_tensors(
     dtype: torch.dtype = torch.float32,
     in_channels: int = 4,
     dial: float | None = None,
-    parts: Iterable[Part] = PREFIXES,
+    parts: Iterable[Part] | None = None,
 ) -> dict[str, Tensor]:
     """A checkpoint's tensors under single-file keys; ``dial``: scale of a random guidance input, if any."""
     of = SHAPES[shape]
     keys: dict[str, Tensor] = {}
-    for part in parts:
+    for part in parts or of.family.prefixes:
         keys |= _keys_of(part, of, in_channels)
     if dial is not None:
         keys[COND_PROJ] = torch.empty(of.unet["block_out_channels"][0], 256, device="meta")
     generator = torch.Generator().manual_seed(seed)
     made = {key: random_values(key, tuple(value.shape), generator).to(dtype) for key, value in keys.items()}
     if of.text_dtype is not None:
-        text = PREFIXES["text_encoder"]
+        text = tuple(encoder.prefix for encoder in of.family.text_encoders)
         made |= {key: value.to(of.text_dtype) for key, value in made.items() if key.startswith(text)}
     if dial is not None:
         made[COND_PROJ] = made[COND_PROJ] * dial
@@ -132,15 +210,17 @@ def make_spec(**changes: Any) -> StudentSpec:
 
 def make_teacher(path: Path, **choices: Any) -> Path:
     """Write a random teacher; choices as in :func:`make_tensors`."""
-    size = "512x512" if choices.get("shape") == "sd15" else "32x32"
-    save_tensors(make_tensors(**choices), {"modelspec.resolution": size}, path)
+    size = SHAPES[choices.get("shape", "tiny")].size
+    save_tensors(make_tensors(**choices), {"modelspec.resolution": f"{size}x{size}"}, path)
     return path
 
 
 def make_student(path: Path, *, spec: StudentSpec | None = None, dial: float = 1.0, **choices: Any) -> Path:
     """Write a random student whose dial does something; choices as in :func:`make_tensors`."""
     tensors = make_tensors(dial=dial, **choices)
-    write_checkpoint(path, tensors=tensors, spec=spec or make_spec(), resolution=(32, 32))
+    shape = SHAPES[choices.get("shape", "tiny")]
+    spec = spec or make_spec(family=shape.family.key)
+    write_checkpoint(path, tensors=tensors, spec=spec, resolution=(shape.size, shape.size))
     return path
 
 
@@ -155,12 +235,22 @@ def make_tokenizer(folder: Path) -> Path:
     return folder
 
 
+def keys_of_shape(shape: str) -> dict[str, Tensor]:
+    """All single-file keys of a shape, on the meta device."""
+    of = SHAPES[shape]
+    return {key: value for part in of.family.prefixes for key, value in _keys_of(part, of, 4).items()}
+
+
 def _keys_of(part: Part, shape: Shape, in_channels: int) -> dict[str, Tensor]:
     if part == "unet":
         config = {"in_channels": in_channels, "attention_head_dim": 8, **shape.unet}
         return expected_keys(part, build(part, config))
-    if part == "text_encoder":
-        return expected_keys(part, build(part, shape.text))
+    if part in ("text_encoder", "text_encoder_2"):
+        encoder = shape.family.encoder(part)
+        network = build(part, shape.encoder(part), shape.family)
+        bare = {key.removeprefix("text_model."): value for key, value in network.state_dict().items()}
+        bare = {key: value for key, value in bare.items() if "position_ids" not in key}
+        return text_to_ldm(with_unused_layers(bare, encoder), encoder)
     if shape.vae is not None:
         return expected_keys(part, build(part, {"latent_channels": 4, **shape.vae}))
     with torch.device("meta"):

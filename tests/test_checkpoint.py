@@ -274,21 +274,33 @@ def test_what_is_predicted_is_read_from_markers_modelspec_and_the_hosts_yaml(
     assert open_checkpoint(make({"ztsnr": torch.zeros(0)})).ztsnr
 
 
-FAMILIES = {
-    "Stable Diffusion 2": {
-        UNET_PREFIX + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(32, 1024)
-    },
-    "Stable Diffusion 2 ": {"cond_stage_model.model.token_embedding.weight": torch.zeros(2, 2)},
-    "SDXL": {"conditioner.embedders.1.model.ln_final.weight": torch.zeros(1)},
-    "SDXL refiner": {"conditioner.embedders.0.model.ln_final.weight": torch.zeros(1)},
+ATTENDS = UNET_PREFIX + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+TOLD = {UNET_PREFIX + "label_emb.0.0.weight": torch.zeros(32, 64)}
+FOREIGN = {
+    "SDXL refiner": TOLD | {ATTENDS: torch.zeros(32, 1280)},
+    "SDXL refiner ": TOLD | {"conditioner.embedders.0.model.ln_final.weight": torch.zeros(1)},
+    "Stable Diffusion 2 unCLIP": TOLD | {ATTENDS: torch.zeros(32, 1024)},
+    "Playground 2.5": {"edm_mean": torch.zeros(4), "edm_std": torch.zeros(4)},
+    "Stable Video Diffusion": {UNET_PREFIX + "input_blocks.1.1.time_stack.0.ff.net.2.bias": torch.zeros(1)},
+    "Stable Cascade": {UNET_PREFIX + "clf.1.weight": torch.zeros(1)},
     "Stable Diffusion 3": {UNET_PREFIX + "joint_blocks.0.x_block.mlp.fc1.weight": torch.zeros(1)},
     "Flux": {UNET_PREFIX + "double_blocks.0.img_attn.norm.key_norm.scale": torch.zeros(1)},
+    "video": {
+        "blocks.0.self_attn.q.weight": torch.zeros(1),
+        "patch_embedding.weight": torch.zeros(1),
+    },
+    "diffusion transformer": {UNET_PREFIX + "transformer_blocks.0.attn.to_q.weight": torch.zeros(1)},
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FOREIGN)
 def test_other_families_are_recognised_and_named(make: Make, family: str) -> None:
-    assert f"a {family.strip()} checkpoint" in sentence(make(FAMILIES[family]))
+    text = sentence(make(FOREIGN[family]))
+    assert f"a {family.strip()} checkpoint, which cannot be opened" in text
+
+
+def test_the_refiner_is_refused_with_the_reason(make: Make) -> None:
+    assert "distil the base" in sentence(make(FOREIGN["SDXL refiner"]))
 
 
 CONTAINERS: dict[str, dict[str, Tensor]] = {

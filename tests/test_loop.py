@@ -63,7 +63,7 @@ def samples(count: int = 6) -> Samples:
         "guidance": 1 + 3 * torch.rand(count, generator=generator),
         "states": draw(count, 2, 4, 4, 4),
     }
-    return Samples([shard], draw(4, 5, 16), state_timesteps=(999, 499))
+    return Samples([shard], {"text": draw(4, 5, 16)}, state_timesteps=(999, 499))
 
 
 SETTINGS = LoopSettings(

@@ -218,7 +218,7 @@ def test_progress_counts_steps_over_all_batches():
 
 
 def test_texts_that_were_encoded_before_are_found_by_their_prompt():
-    texts = cached_texts(["a", "b"], torch.arange(2.0).reshape(2, 1, 1))
+    texts = cached_texts(["a", "b"], {"text": torch.arange(2.0).reshape(2, 1, 1)})
     assert texts(["b", "a", "b"])["text"].flatten().tolist() == [1.0, 0.0, 1.0]
 
 

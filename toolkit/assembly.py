@@ -23,7 +23,7 @@ from .demo import TEACHER, TOKENIZER
 from .demo.drawings import draw
 from .demo.drawings import prompts as demo_prompts
 from .demo.judge import load_judge
-from .diffusion.denoiser import NetworkDenoiser
+from .diffusion.denoiser import Cond, NetworkDenoiser
 from .diffusion.errors import BadInput
 from .diffusion.method import Phase, Setting
 from .diffusion.spec import StudentSpec
@@ -36,8 +36,17 @@ from .methods import find_methods, options_of
 from .opening import open_for_people
 from .runtime.files import atomic_path
 from .training.checkpoint import Checkpoint, save_student
+from .training.families import Override, size_ids
 from .training.loop import Job, LoopSettings, train
-from .training.networks import DTYPES, denoiser, encode_images, encode_texts, place
+from .training.networks import (
+    DTYPES,
+    denoiser,
+    encode_images,
+    encode_prompts,
+    load_encoders,
+    place,
+    random_cond,
+)
 from .training.plan import Plan, make_plan, measure
 from .training.prompts import built_in_prompts, read_prompts
 from .training.samples import (
@@ -77,7 +86,9 @@ class Teacher:
             path,
             tokenizer=tokenizer,
             text_encoder=_path(values.get("text_encoder")),
+            text_encoder_2=_path(values.get("text_encoder_2")),
             vae=_path(values.get("vae")),
+            override=Override.parse(values.get("override")),
         )
         if checkpoint.kind != "teacher":
             raise BadInput(
@@ -121,7 +132,16 @@ def settle(
         str(Path("runs") / f"{name}-{values['method']}-{values['steps']}"),
         "checkpoint, method and steps",
     )
-    for optional in ("ckpt", "data", "prompts", "tokenizer", "text_encoder", "vae"):
+    for optional in (
+        "ckpt",
+        "data",
+        "prompts",
+        "tokenizer",
+        "text_encoder",
+        "text_encoder_2",
+        "vae",
+        "override",
+    ):
         values.setdefault(optional, None)
     values.update(demo=demo, guidance=tuple(values["guidance"]))
     options: dict[str, Any] = {
@@ -210,12 +230,16 @@ def _request(
     """What data this run needs, by content."""
     checkpoint = teacher.checkpoint
     source = checkpoint.sha256
-    if settings.text_encoder or settings.vae:
+    if settings.text_encoder or settings.text_encoder_2 or settings.vae:
         source += checkpoint.carried_sha256()
+    if settings.override:
+        source += settings.override
+    width, height = settings.size
     if settings.data:
-        width, height = settings.size
         pictures = scan_image_folder(Path(settings.data))
-        return ImageFolderRequest(source, pictures, settings.negative, width, height)
+        return ImageFolderRequest(
+            source, pictures, settings.negative, width, height, sizes=checkpoint.of.sizes
+        )
     return TeacherSampleRequest(
         teacher_sha256=source,
         prompts=tuple(_prompts(settings, settings.pictures, seed=settings.seed)),
@@ -226,6 +250,7 @@ def _request(
         seed=settings.seed,
         precision=settings.precision,
         steps=trajectory_steps(max(len(phase.grid) for phase in phases)),
+        sizes=size_ids(width, height) if checkpoint.of.sizes else (),
     )
 
 
@@ -234,12 +259,12 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
     request = _request(settings, phases, teacher)
     _require_parts(teacher.checkpoint)
     unet = teacher.checkpoint.unet(conditioned=True)
-    text_config = teacher.checkpoint.config("text_encoder")
+    batch = min(settings.micro_batch, settings.batch_size)
     costs = measure(
         unet,
         latent=_latent_shape(settings, teacher),
-        text=(text_config["max_position_embeddings"], text_config["hidden_size"]),
-        batch=min(settings.micro_batch, settings.batch_size),
+        cond=random_cond(teacher.checkpoint, batch, generator=torch.Generator().manual_seed(0)),
+        batch=batch,
         device=torch.device(settings.device),
         precision=settings.precision,
     )
@@ -267,8 +292,7 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
 
 def _require_parts(checkpoint: Checkpoint) -> None:
     """BadInput now, before anything is written, for a damaged part or a missing vocabulary."""
-    checkpoint.tokenizer()
-    checkpoint.text_encoder()
+    load_encoders(checkpoint)
     checkpoint.vae()
 
 
@@ -277,10 +301,10 @@ def _make_samples(settings: Settings, phases: Sequence[Phase], teacher: Teacher)
     checkpoint, device = teacher.checkpoint, torch.device(settings.device)
     request = _request(settings, phases, teacher)
     folder = request.folder(Path(settings.cache_dir))
-    text_encoder = place(checkpoint.text_encoder(), device).eval()
+    encoders = load_encoders(checkpoint, device=device)
 
-    def encode(texts: Sequence[str]) -> Tensor:
-        return encode_texts(texts, tokenizer=checkpoint.tokenizer(), text_encoder=text_encoder)
+    def encode(texts: Sequence[str]) -> Cond:
+        return encode_prompts(texts, encoders)
 
     def progress(shards: Iterable[int]) -> Iterable[int]:
         return tqdm(shards, desc="pictures", unit="shard", dynamic_ncols=True)
@@ -361,9 +385,7 @@ def _looker(settings: Settings, teacher: Teacher) -> Callable[[str, NetworkDenoi
     if not settings.report_prompts:
         return lambda name, student, phase: None
     prompts = _prompts(settings, settings.report_prompts, seed=settings.seed + 1)
-    text_encoder = checkpoint.text_encoder().eval()
-    texts = encode_texts(prompts, tokenizer=checkpoint.tokenizer(), text_encoder=text_encoder)
-    del text_encoder
+    texts = encode_prompts(prompts, load_encoders(checkpoint))
     scales = sorted({settings.guidance_default, max(settings.guidance[0], min(2.0, settings.guidance[1]))})
 
     def look(name: str, student: NetworkDenoiser, phase: Phase) -> None:
@@ -434,7 +456,7 @@ def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> 
     dtype = DTYPES[settings.precision]
 
     def painter(path: Path) -> Painter:
-        opened = open_for_people(path, tokenizer=_path(settings.tokenizer))
+        opened = open_for_people(path, tokenizer=_path(settings.tokenizer) or _words_beside(settings))
         return Painter.open(opened, device=settings.device, dtype=dtype)
 
     folder = Path(settings.out) / "students"
@@ -449,6 +471,14 @@ def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> 
         negative=settings.negative,
         seed=seed,
     )
+
+
+def _words_beside(settings: Settings) -> Path | None:
+    """The folder beside or of the teacher that has a tokenizer, for its students stand elsewhere."""
+    if settings.ckpt is None:
+        return None
+    folder = Path(settings.ckpt) if Path(settings.ckpt).is_dir() else Path(settings.ckpt).parent
+    return folder if (folder / "tokenizer").is_dir() else None
 
 
 def _yardstick(seed: int) -> Yardstick:

@@ -21,6 +21,7 @@ from .assembly import Teacher, phases_of, plan_run, run_all, settle
 from .command import print_json, run
 from .diffusion.errors import BadInput
 from .methods import find_methods, options_of
+from .opening import OVERRIDE_HELP
 from .runtime.files import atomic_path
 from .training.networks import DTYPES
 from .training.plan import Plan, require_disk
@@ -164,7 +165,9 @@ def _parse() -> argparse.Namespace:
     )
     add("--tokenizer", metavar="PATH", help='folder or file of the CLIP vocabulary, or "hub" to download it')
     add("--text-encoder", metavar="FILE", help="for a UNet-only file")
+    add("--text-encoder-2", metavar="FILE", help="SDXL's second, for a UNet-only file")
     add("--vae", metavar="FILE", help="for a UNet-only file, or instead of the checkpoint's own")
+    add("--override", metavar="NAME=VALUE,...", help=OVERRIDE_HELP)
     add("--config", metavar="FILE.toml", help="any of these; flags win")
     add("--dry-run", action="store_true", help="print the plan and stop")
     add("--resume", action="store_true", help="go on exactly where the run in --out stands")

@@ -20,7 +20,7 @@ from .evaluation.metrics import adherence, features
 from .evaluation.painter import Painter
 from .evaluation.pictures import save_png
 from .evaluation.showcase import side_by_side, verdict
-from .opening import choose_device, choose_dtype, is_demo, open_for_people
+from .opening import add_parts, choose_device, choose_dtype, is_demo, open_for_people, parts_of
 from .runtime.files import atomic_path
 from .training.checkpoint import Checkpoint
 from .training.networks import DTYPES
@@ -45,10 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _check(asked)
     device = choose_device(asked.device)
     dtype = choose_dtype(asked.precision, device)
-    parts = {"tokenizer": asked.tokenizer, "text_encoder": asked.text_encoder, "vae": asked.vae}
+    parts = parts_of(asked)
     teacher = open_for_people(asked.teacher, **parts)
     if teacher.kind != "teacher":
         raise BadInput(f"{teacher.path}: this is a {teacher.kind}; give the teacher as --teacher")
+    parts.pop("override")
     students = {name: open_for_people(path, **parts) for name, path in _student_files(asked.student).items()}
     demo = is_demo(teacher)
     painters = {name: Painter.open(student, device=device, dtype=dtype) for name, student in students.items()}
@@ -105,9 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--negative", default="", metavar="TEXT", help="the teacher's negative prompt")
     add("--reference-steps", type=int, default=50, metavar="N", help="of the teacher's DDIM (default 50)")
     add("--batch-size", type=int, metavar="N", help="pictures at once (default: by their size)")
-    add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt, or hub to download it")
-    add("--text-encoder", type=Path, metavar="FILE", help="for files without one")
-    add("--vae", type=Path, metavar="FILE", help="another autoencoder")
+    add_parts(parser)
     add("--device", help="cpu, cuda, cuda:1, mps ...; default: the best one there is")
     add("--precision", choices=sorted(DTYPES), help="default: fp16 on a GPU, fp32 elsewhere")
     add("--json", action="store_true", help="the rows on stdout, as JSON")
@@ -186,7 +185,7 @@ def _identities(
     teacher: Checkpoint, students: Mapping[str, Checkpoint], asked: argparse.Namespace
 ) -> dict[str, str]:
     """What tells each model's pictures from another's: its file, other parts, precision and device."""
-    parts = (asked.tokenizer, asked.text_encoder, asked.vae, asked.precision, asked.device)
+    parts = (*parts_of(asked).values(), asked.precision, asked.device)
     how = " ".join(map(str, parts))
     every = {teacher.name: teacher, **students}
     return {name: f"{checkpoint.sha256} {how}" for name, checkpoint in every.items()}

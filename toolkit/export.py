@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .command import print_json, run
 from .diffusion.errors import BadInput
-from .opening import open_for_people
+from .opening import add_parts, open_for_people, parts_of
 from .training.checkpoint import Checkpoint
 from .training.export import Exported, export_baked, export_checkpoint, export_diffusers, export_lora
 from .training.networks import DTYPES
@@ -21,7 +21,7 @@ EXAMPLES = """forms:
   baked       a plain checkpoint with one guidance folded in, for any program; use cfg 1 there
   lora        that guidance alone, as a patch for this student's own checkpoint (at strength 1) in hosts that
               ignore the dial; it is of no use on other checkpoints
-  diffusers   a folder for StableDiffusionPipeline, whose guidance_scale is the dial
+  diffusers   a folder for StableDiffusionPipeline (or the XL one), whose guidance_scale is the dial
 
 examples:
   python -m toolkit.export runs/demo/student.safetensors --to baked --guidance 5 -o baked.safetensors
@@ -34,9 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = _parser().parse_args(arguments)
     if asked.guidance is not None and asked.to in ("checkpoint", "diffusers"):
         raise BadInput(f"--guidance is folded in by --to baked and --to lora; {asked.to} keeps the dial")
-    student = open_for_people(
-        asked.student, tokenizer=asked.tokenizer, text_encoder=asked.text_encoder, vae=asked.vae
-    )
+    student = open_for_people(asked.student, **parts_of(asked))
     exported = _export(student, asked)
     for file in exported.files:
         log.info("%s: written, loaded back and compared", file)
@@ -79,9 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--to", required=True, choices=["checkpoint", "baked", "lora", "diffusers"], help="see below")
     add("--guidance", type=float, metavar="G", help="to fold in (baked, lora); default: the student's own")
     add("--dtype", choices=sorted(DTYPES), help="of the weights; default: the student's (lora: fp32)")
-    add("--tokenizer", type=Path, metavar="DIR", help="folder with vocab.json and merges.txt (diffusers)")
-    add("--text-encoder", type=Path, metavar="FILE", help="for files without one")
-    add("--vae", type=Path, metavar="FILE", help="another autoencoder")
+    add_parts(parser)
     add("--json", action="store_true", help="say on stdout, as JSON, what was written")
     add(
         "-o",

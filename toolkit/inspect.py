@@ -24,9 +24,10 @@ from .training.checkpoint import (
     student_metadata,
     ztsnr_of,
 )
-from .training.layout import COND_PROJ, UNET_PREFIX
+from .training.families import FAMILIES, NAMES, REFUSED, SD1, UNET_PREFIX, resolution_for
+from .training.layout import COND_PROJ
 from .training.networks import DTYPES
-from .training.recognise import FAMILIES, INPUTS, PREFIXES, Problems, Recognised, problems, recognise
+from .training.recognise import INPUTS, Problems, Recognised, problems, recognise
 from .training.weights import Weights, read_folder, read_weights
 
 EXAMPLES = """examples:
@@ -61,19 +62,21 @@ def describe(path: Path) -> dict[str, Any]:
     spec = spec_from(weights.metadata, weights.tensors, path)
     diffusion = found.container in ("checkpoint", "unet")
     wrong = _problems(found, weights)
+    prediction_type = prediction_type_of(weights, spec, found) if diffusion or spec is not None else None
+    usual = resolution_for(FAMILIES.get(found.family or "", SD1), prediction_type or "epsilon")
     return {
         "file": path.name,
         "kind": _kind(found, spec),
         "container": found.container,
         "family": spec.family if spec is not None else found.family,
         "inpaint": _input_channels(found) == 9 or (spec is not None and spec.inpaint),
-        "prediction_type": prediction_type_of(weights, spec) if diffusion or spec is not None else None,
+        "prediction_type": prediction_type,
         "ztsnr": ztsnr_of(weights, spec),
-        "resolution": list(resolution_of(weights.metadata)) if diffusion else None,
+        "resolution": list(resolution_of(weights.metadata, usual)) if diffusion else None,
         "channels": _input_channels(found),
         "out_channels": _output_channels(found),
         "dtype": _dtype(found.tensors),
-        "parameters": _parameters(found.tensors),
+        "parameters": _parameters(found),
         "dial": COND_PROJ in found.tensors or "fewstep.cond_proj.weight" in found.tensors,
         "spec": None if spec is None else asdict(spec),
         "missing": list(wrong.missing),
@@ -99,7 +102,8 @@ def attach_spec(path: Path, spec_path: Path) -> None:
                 f"{path}: the spec is of a student with {_dial_text(dial)}, and this {found.container} has "
                 f"{_dial_text(width)}; attach the spec of the student that it was made from"
             )
-    resolution = resolution_of(metadata)
+    usual = resolution_for(FAMILIES.get(spec.family, SD1), spec.prediction_type)
+    resolution = resolution_of(metadata, usual)
     write_metadata(path, metadata | student_metadata(spec, resolution), markers=markers_of(spec))
 
 
@@ -123,10 +127,10 @@ def _kind(found: Recognised, spec: StudentSpec | None) -> str:
 
 
 def _problems(found: Recognised, weights: Weights) -> Problems:
-    if found.family != "sd1" and found.container not in ("vae", "text encoder"):
+    if found.family not in FAMILIES and found.container not in ("vae", "text encoder"):
         return Problems((), (), ())
     try:
-        return problems(found.tensors, weights.configs)
+        return problems(found.tensors, weights.configs, family=FAMILIES.get(found.family or "", SD1))
     except BadInput as error:
         return Problems((), (), (str(error),))
 
@@ -153,18 +157,20 @@ def _dtype(tensors: Mapping[str, Tensor]) -> str | None:
     return counts.most_common(1)[0][0] if counts else None
 
 
-def _parameters(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+def _parameters(found: Recognised) -> dict[str, int]:
     parts = {
-        part: sum(value.numel() for key, value in tensors.items() if key.startswith(prefix))
-        for part, prefix in PREFIXES.items()
+        part: sum(value.numel() for key, value in found.tensors.items() if key.startswith(prefix))
+        for part, prefix in FAMILIES.get(found.family or "", SD1).prefixes.items()
     }
-    return {**parts, "total": sum(value.numel() for value in tensors.values())}
+    return {**parts, "total": sum(value.numel() for value in found.tensors.values())}
 
 
 def _lines(found: Mapping[str, Any]) -> list[str]:
     """The description for people."""
     family, spec = found["family"], found["spec"]
-    lines = [f"{found['file']}: {found['kind']}" + (f", {FAMILIES.get(family, family)}" if family else "")]
+    lines = [f"{found['file']}: {found['kind']}" + (f", {NAMES.get(family, family)}" if family else "")]
+    if family is not None and family not in FAMILIES and found["kind"] == "teacher":
+        lines.append("it cannot be opened here" + (f": {REFUSED[family]}" if family in REFUSED else ""))
     if channels := found["channels"]:
         purpose = INPUTS.get(channels, "")
         lines.append(f"input: {channels} channels" + (f" ({purpose})" if purpose else ""))

@@ -3,8 +3,11 @@ chosen."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +15,7 @@ from .demo import TEACHER, TOKENIZER
 from .diffusion.errors import BadInput
 from .runtime.files import sha256_of
 from .training.checkpoint import Checkpoint, open_checkpoint
+from .training.families import Override
 from .training.networks import DTYPES
 from .training.settings import SMALL_PARAMETERS
 
@@ -21,19 +25,55 @@ def open_for_people(
     *,
     tokenizer: Path | str | None = None,
     text_encoder: Path | None = None,
+    text_encoder_2: Path | None = None,
     vae: Path | None = None,
+    override: Override | None = None,
 ) -> Checkpoint:
     """Open a teacher or student; the demo's own gets the demo's tokenizer unless another is given.
 
     Arguments as of :func:`.training.checkpoint.open_checkpoint`. For a small network torch is told to use one
     thread: on 2 cores the demo trained at 5 updates a second with one thread and at 2 with two.
     """
-    opened = open_checkpoint(path, tokenizer=tokenizer, text_encoder=text_encoder, vae=vae)
+    opened = open_checkpoint(
+        path,
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        vae=vae,
+        override=override,
+    )
     if opened.unet_parameters < SMALL_PARAMETERS:
         torch.set_num_threads(1)
     if tokenizer is None and is_demo(opened):
-        return open_checkpoint(path, tokenizer=TOKENIZER, text_encoder=text_encoder, vae=vae)
+        return dataclasses.replace(opened, tokenizer_from=TOKENIZER)
     return opened
+
+
+def add_parts(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that opens a checkpoint; :func:`parts_of` reads them."""
+    add = parser.add_argument
+    add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt, or hub to download it")
+    add("--text-encoder", type=Path, metavar="FILE", help="for files without one")
+    add("--text-encoder-2", type=Path, metavar="FILE", help="SDXL's second, for files without one")
+    add("--vae", type=Path, metavar="FILE", help="another autoencoder")
+    add("--override", metavar="NAME=VALUE,...", help=OVERRIDE_HELP)
+
+
+def parts_of(asked: argparse.Namespace) -> dict[str, Any]:
+    """Arguments for :func:`open_for_people`."""
+    return {
+        "tokenizer": asked.tokenizer,
+        "text_encoder": asked.text_encoder,
+        "text_encoder_2": asked.text_encoder_2,
+        "vae": asked.vae,
+        "override": Override.parse(asked.override),
+    }
+
+
+OVERRIDE_HELP = (
+    "what no key of the checkpoint tells, or tells wrongly: family=sd1|sd2|sdxl, "
+    "prediction_type=epsilon|v_prediction, ztsnr=true|false"
+)
 
 
 def is_demo(checkpoint: Checkpoint) -> bool:

@@ -24,7 +24,7 @@ from .evaluation.painter import (
     make_plan,
 )
 from .evaluation.pictures import save_png, to_image
-from .opening import choose_device, choose_dtype, open_for_people
+from .opening import add_parts, choose_device, choose_dtype, open_for_people, parts_of
 from .runtime.samplers import start_timestep
 from .training.checkpoint import Checkpoint
 from .training.networks import DTYPES
@@ -53,9 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"seed {asked.seed} and count {asked.count}: the seed must be 0 to 2^63 - 1, the count at least 1"
         )
     device = choose_device(asked.device)
-    checkpoint = open_for_people(
-        asked.ckpt, tokenizer=asked.tokenizer, text_encoder=asked.text_encoder, vae=asked.vae
-    )
+    checkpoint = open_for_people(asked.ckpt, **parts_of(asked))
     plan = _checked_plan(checkpoint, asked)
     size = _size(checkpoint, asked)
     log.info("%s", _announcement(checkpoint, plan, asked))
@@ -119,9 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(TEACHER_SAMPLERS),
         help="of a teacher (default ddim); a student brings its own",
     )
-    add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt, or hub to download it")
-    add("--text-encoder", type=Path, metavar="FILE", help="for files without one")
-    add("--vae", type=Path, metavar="FILE", help="another autoencoder")
+    add_parts(parser)
     add("--device", help="cpu, cuda, cuda:1, mps ...; default: the best one there is")
     add("--precision", choices=sorted(DTYPES), help="default: fp16 on a GPU, fp32 elsewhere")
     add("--json", action="store_true", help="say on stdout, as JSON, what was made")

@@ -13,8 +13,8 @@ from .prediction import PredictionType, prediction_from_velocity, velocity_from,
 from .schedule import NoiseSchedule, alpha, like
 
 Cond: TypeAlias = Mapping[str, Tensor]
-"""Opaque conditioning: named tensors, each with the batch first ("text": (B, T, C), later "pooled",
-"concat").
+"""Opaque conditioning: named tensors, each with the batch first. "text": (B, T, C); SDXL's has "pooled"
+(B, P) and "time_ids" (B, 6), the picture's sizes.
 """
 
 Network: TypeAlias = Callable[[Tensor, Tensor, Cond, Tensor | None], Tensor]
@@ -61,7 +61,8 @@ class Guided:
     """Classifier-free guidance as a denoiser (Ho & Salimans 2022), both branches in one batched forward.
 
     ``v = v_c + w (v_c - v_u)`` with w = guidance_scale - 1 given at each call; w None means no guidance.
-    ``uncond`` has one row, or as many as the batch.
+    ``uncond`` has one row, or as many as the batch; what it does not name, such as a picture's size, is the
+    same with and without the text.
     """
 
     denoiser: Denoiser
@@ -70,7 +71,7 @@ class Guided:
     def velocity(self, x: Tensor, sigma: Tensor, *, cond: Cond, w: Tensor | None = None) -> Tensor:
         if w is None:
             return self.denoiser.velocity(x, sigma, cond=cond)
-        both = concat_cond([cond, expand_cond(self.uncond, len(x))])
+        both = concat_cond([cond, {**cond, **expand_cond(self.uncond, len(x))}])
         velocity = self.denoiser.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), cond=both)
         conditional, unconditional = velocity.chunk(2)
         return conditional + like(w, x) * (conditional - unconditional)

@@ -32,7 +32,15 @@ from ..runtime.samplers import (
     walk,
 )
 from ..training.checkpoint import Checkpoint
-from ..training.networks import decode_latents, denoiser, encode_images, encode_texts, place
+from ..training.networks import (
+    decode_latents,
+    denoiser,
+    encode_images,
+    encode_prompts,
+    load_encoders,
+    place,
+    with_sizes,
+)
 
 TeacherSampler = Literal["ddim", "dpmpp_2m"]
 Texts: TypeAlias = Callable[[Sequence[str]], Cond]
@@ -106,17 +114,12 @@ class Painter:
                 "attach them with python -m toolkit.inspect --attach-spec"
             )
         unet = place(checkpoint.unet(dtype=dtype), device)
-        text_encoder = place(checkpoint.text_encoder(dtype), device)
-        tokenizer = checkpoint.tokenizer()
-
-        def texts(prompts: Sequence[str]) -> Cond:
-            return {"text": encode_texts(prompts, tokenizer=tokenizer, text_encoder=text_encoder)}
-
+        encoders = load_encoders(checkpoint, device=device, dtype=dtype)
         width, height = checkpoint.resolution
         return cls(
             denoiser=denoiser(unet, schedule=checkpoint.schedule, prediction_type=checkpoint.prediction_type),
-            vae=place(checkpoint.vae(dtype), device),
-            texts=texts,
+            vae=place(checkpoint.vae(checkpoint.vae_dtype(dtype)), device),
+            texts=lambda prompts: encode_prompts(prompts, encoders),
             schedule=checkpoint.schedule,
             size=(height, width),
             spec=checkpoint.spec,
@@ -178,7 +181,8 @@ class Painter:
         plan = self.plan(guidance=guidance, steps=steps, sampler=sampler, strength=strength)
         model, sampler_for = self._model(negative, plan)
         shape = self.latent_shape(size) if x0 is None else tuple(x0.shape[1:])
-        cond = self._conditioning(prompts)
+        height, width = (side * self.downscale for side in shape[1:])
+        cond = with_sizes(self._conditioning(prompts), width=width, height=height)
         batch = batch or max(1, _LATENT_CELLS // (shape[1] * shape[2]))
         sigmas = torch.tensor(plan.sigmas, dtype=torch.float64)
         starts = [
@@ -248,10 +252,15 @@ class Painter:
         return channels, height // self.downscale, width // self.downscale
 
 
-def cached_texts(prompts: Sequence[str], texts: Tensor) -> Texts:
-    """Texts for a painter from conditioning (N, T, C) that was made earlier; only for these prompts."""
+def cached_texts(prompts: Sequence[str], texts: Cond) -> Texts:
+    """Texts for a painter from conditioning of N rows that was made earlier; only for these prompts."""
     place = {prompt: row for row, prompt in enumerate(prompts)}
-    return lambda wanted: {"text": texts[torch.tensor([place[prompt] for prompt in wanted])]}
+
+    def taken(wanted: Sequence[str]) -> Cond:
+        rows = torch.tensor([place[prompt] for prompt in wanted])
+        return {name: value[rows] for name, value in texts.items()}
+
+    return taken
 
 
 def make_plan(

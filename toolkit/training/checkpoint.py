@@ -1,4 +1,4 @@
-"""Checkpoints: opening any Stable Diffusion 1 file or folder, and writing students beside them.
+"""Checkpoints: opening a file or folder of any family in families.py, and writing students beside them.
 
 Every kind of input becomes one thing, memory-mapped tensors under single-file keys; networks are built from
 their shapes. ``model_ema.*`` is ignored, as hosts do. What is wrong with a file is one sentence, said when it
@@ -20,7 +20,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..diffusion.errors import BadInput
 from ..diffusion.guidance import W_DIM
@@ -28,16 +28,30 @@ from ..diffusion.prediction import PREDICTION_TYPES, PredictionType
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.spec import SPEC_KEY, StudentSpec
 from ..runtime.files import modelspec, save_tensors, sha256_of, spec_from, tensor_bytes
-from .layout import (
-    COND_PROJ,
+from .families import (
+    FAMILIES,
+    NAMES,
+    REFUSED,
     UNET_PREFIX,
     VAE_PREFIX,
-    text_from_ldm,
-    unet_from_ldm,
-    unet_to_ldm,
-    vae_from_ldm,
+    Family,
+    FamilyName,
+    Override,
+    Part,
+    TextPart,
+    resolution_for,
 )
-from .recognise import FAMILIES, INPUTS, PREFIXES, Part, build, config_of, expected_keys, problems, recognise
+from .layout import COND_PROJ, PROJECTION, text_from_ldm, unet_from_ldm, unet_to_ldm, vae_from_ldm
+from .recognise import (
+    INPUTS,
+    Recognised,
+    build,
+    config_of,
+    expected_keys,
+    problems,
+    recognise,
+    text_state,
+)
 from .vocabulary import load_tokenizer
 from .weights import Config, Weights, read_folder, read_weights
 
@@ -47,7 +61,8 @@ V_PRED = "v_pred"
 """An empty tensor by which hosts know a v-prediction checkpoint."""
 
 ZTSNR = "ztsnr"
-NATIVE_RESOLUTION = (512, 512)
+_TELLING = UNET_PREFIX + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+"""In Stable Diffusion 2, its standard deviation tells v-prediction (ComfyUI's rule: above 0.09)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +75,7 @@ class Checkpoint:
     path: Path
     name: str
     kind: Literal["teacher", "student", "baked"]
-    family: Literal["sd1"]
+    family: FamilyName
     inpaint: bool
     prediction_type: PredictionType
     ztsnr: bool
@@ -69,6 +84,11 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     configs: Mapping[str, Config]
     tokenizer_from: Path | Literal["hub"] | None
+
+    @property
+    def of(self) -> Family:
+        """What the family implies."""
+        return FAMILIES[self.family]
 
     @cached_property
     def sha256(self) -> str:
@@ -104,8 +124,8 @@ class Checkpoint:
         return COND_PROJ in self.tensors
 
     def config(self, part: Part) -> dict[str, Any]:
-        """Constructor arguments of a part's network (``unet``, ``vae``, ``text_encoder``)."""
-        return config_of(part, self.tensors, self.configs)
+        """Constructor arguments of a part's network (``unet``, ``vae``, ``text_encoder``, ...)."""
+        return config_of(part, self.tensors, self.configs, self.of)
 
     def unet(self, *, dtype: torch.dtype = torch.float32, conditioned: bool = False) -> UNet2DConditionModel:
         """A copy of the UNet, to evaluate; ``conditioned`` adds a zero guidance input where there is none.
@@ -116,7 +136,7 @@ class Checkpoint:
         if conditioned and not self.conditioned:
             width = tensors[UNET_PREFIX + "input_blocks.0.0.weight"].shape[0]
             tensors[COND_PROJ] = torch.zeros(width, W_DIM)
-        network = build("unet", config_of("unet", tensors, self.configs))
+        network = build("unet", config_of("unet", tensors, self.configs, self.of))
         return self._filled("unet", network, unet_from_ldm(self._known("unet", network, tensors)), dtype)
 
     def vae(self, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
@@ -124,19 +144,28 @@ class Checkpoint:
         network = build("vae", self.config("vae"))
         return self._filled("vae", network, vae_from_ldm(self._known("vae", network, self.tensors)), dtype)
 
-    def text_encoder(self, dtype: torch.dtype = torch.float32) -> CLIPTextModel:
-        """A copy of the text encoder in evaluation mode; BadInput for NaN."""
-        network = build("text_encoder", self.config("text_encoder"))
-        state = text_from_ldm(self._known("text_encoder", network, self.tensors))
-        if any(key.startswith("text_model.") for key in network.state_dict()):
-            state = {f"text_model.{key}": value for key, value in state.items()}
-        return self._filled("text_encoder", network, state, dtype)
+    def vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype to run the VAE in beside a UNet in ``dtype``: SDXL's overflows in float16."""
+        return torch.float32 if self.of.vae_overflows and dtype == torch.float16 else dtype
 
-    def tokenizer(self) -> CLIPTokenizer:
-        """The vocabulary, found as vocabulary.py says; BadInput if none is, or not of the encoder's size."""
-        config = self.config("text_encoder")
+    def text_encoder(
+        self, dtype: torch.dtype = torch.float32, *, part: TextPart = "text_encoder"
+    ) -> CLIPTextModel | CLIPTextModelWithProjection:
+        """A copy of a text encoder in evaluation mode; BadInput for NaN."""
+        network = build(part, self.config(part), self.of)
+        keys = {key.removeprefix("text_model.") for key in network.state_dict()}
+        found = text_from_ldm(self.tensors, self.of.encoder(part))
+        state = {key: value for key, value in found.items() if key in keys}
+        if any(key.startswith("text_model.") for key in network.state_dict()):
+            state = {key if key == PROJECTION else f"text_model.{key}": v for key, v in state.items()}
+        return self._filled(part, network, state, dtype)
+
+    def tokenizer(self, part: TextPart = "text_encoder") -> CLIPTokenizer:
+        """A text encoder's vocabulary, found as vocabulary.py says; BadInput if none is, or not of its
+        size."""
+        config, folder = self.config(part), self.of.encoder(part).tokenizer
         length = config["max_position_embeddings"]
-        tokenizer = load_tokenizer(self.tokenizer_from, beside=self.path, length=length)
+        tokenizer = load_tokenizer(self.tokenizer_from, beside=self.path, length=length, folder=folder)
         if len(tokenizer) != config["vocab_size"]:
             raise BadInput(
                 f"{self.path}: the text encoder knows {config['vocab_size']} tokens and the tokenizer has "
@@ -145,23 +174,24 @@ class Checkpoint:
         return tokenizer
 
     def carried(self) -> dict[str, Tensor]:
-        """VAE and text encoder under single-file keys: what a student's file takes over unchanged."""
+        """VAE and text encoders under single-file keys: what a student's file takes over unchanged."""
+        kept = (VAE_PREFIX, "cond_stage_model.", "conditioner.")
         return {
             key: value
             for key, value in self.tensors.items()
-            if key.startswith((VAE_PREFIX, "cond_stage_model.")) and not key.startswith(VAE_PREFIX + "loss.")
+            if key.startswith(kept) and not key.startswith(VAE_PREFIX + "loss.")
         }
 
     def empty_networks(self) -> dict[Part, Any]:
-        """The three networks on the meta device: configurations and shapes without weights."""
-        return {part: build(part, self.config(part)) for part in PREFIXES}
+        """The networks on the meta device: configurations and shapes without weights."""
+        return {part: build(part, self.config(part), self.of) for part in self.of.prefixes}
 
     def network_tensors(self) -> dict[str, Tensor]:
-        """What the three networks use, under single-file keys, memory-mapped."""
+        """What the networks use, under single-file keys, memory-mapped."""
         return {
             key: self.tensors[key]
             for part, network in self.empty_networks().items()
-            for key in expected_keys(part, network)
+            for key in expected_keys(part, network, self.of)
         }
 
     def carried_sha256(self) -> str:
@@ -175,7 +205,7 @@ class Checkpoint:
     def _known(
         self, part: Part, network: torch.nn.Module, tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        return {key: tensors[key] for key in expected_keys(part, network)}
+        return {key: tensors[key] for key in expected_keys(part, network, self.of)}
 
     def _filled(self, part: Part, network: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
         for key, value in state.items():
@@ -196,14 +226,17 @@ def open_checkpoint(
     *,
     tokenizer: Path | str | None = None,
     text_encoder: Path | str | None = None,
+    text_encoder_2: Path | str | None = None,
     vae: Path | str | None = None,
+    override: Override | None = None,
 ) -> Checkpoint:
-    """Open a single file (.safetensors, .ckpt) or a diffusers folder of the family Stable Diffusion 1.
+    """Open a single file (.safetensors, .ckpt) or a diffusers folder.
 
-    ``text_encoder`` and ``vae``, files or folders, stand in for those that the checkpoint has or lacks;
-    ``tokenizer`` is a folder, or "hub" to allow a download. Raises BadInput for everything that cannot be
-    used.
+    ``text_encoder``, ``text_encoder_2`` and ``vae``, files or folders, stand in for those that the checkpoint
+    has or lacks; ``tokenizer`` is a folder, or "hub" to allow a download. Raises BadInput for everything that
+    cannot be used.
     """
+    override = override or Override()
     path = Path(path)
     weights = _read(path)
     found = recognise(weights.tensors)
@@ -213,26 +246,33 @@ def open_checkpoint(
             "no Stable Diffusion weights" if found.container == "unknown" else f"{article} {found.container}"
         )
         raise BadInput(f"{path}: this is {what}, and a Stable Diffusion checkpoint was expected")
-    if found.family != "sd1":
-        family = FAMILIES[found.family or ""]
-        raise BadInput(f"{path}: this is a {family} checkpoint; only Stable Diffusion 1 can be opened so far")
+    if found.family is None or found.family not in FAMILIES:
+        name, why = NAMES[found.family or ""], REFUSED.get(found.family or "", "")
+        known = ", ".join(family.name for family in FAMILIES.values())
+        raise BadInput(
+            f"{path}: this is a {name} checkpoint, which cannot be opened"
+            + (f" ({why})" if why else f"; those of {known} can")
+        )
+    spec = spec_from(weights.metadata, weights.tensors, path)
+    family = FAMILIES[override.family or _family_of_student(path, spec) or found.family]
     tensors, configs = dict(found.tensors), dict(weights.configs)
-    _replace_part(tensors, configs, "text_encoder", text_encoder)
-    _replace_part(tensors, configs, "vae", vae)
+    given = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "vae": vae}
+    for part in family.prefixes:
+        _replace_part(tensors, configs, part, family, given.get(part))
     channels = _input_channels(path, tensors)
     _check_schedule(path, configs.get("scheduler", {}))
-    _check_parts(path, tensors, configs)
-    spec = spec_from(weights.metadata, weights.tensors, path)
+    _check_parts(path, tensors, configs, family)
+    prediction_type = override.prediction_type or prediction_type_of(weights, spec, found)
     return Checkpoint(
         path=path,
         name=path.resolve().name if path.is_dir() else path.stem,
-        kind="teacher" if spec is None and COND_PROJ not in tensors else _student_kind(path, spec),
-        family="sd1",
+        kind="teacher" if spec is None and COND_PROJ not in tensors else _student_kind(spec),
+        family=family.key,
         inpaint=channels == 9,
-        prediction_type=prediction_type_of(weights, spec),
-        ztsnr=ztsnr_of(weights, spec),
+        prediction_type=prediction_type,
+        ztsnr=ztsnr_of(weights, spec) if override.ztsnr is None else override.ztsnr,
         spec=spec,
-        resolution=resolution_of(weights.metadata),
+        resolution=resolution_of(weights.metadata, resolution_for(family, prediction_type)),
         tensors=tensors,
         configs=configs,
         tokenizer_from=None if tokenizer is None else "hub" if str(tokenizer) == "hub" else Path(tokenizer),
@@ -275,41 +315,53 @@ def markers_of(spec: StudentSpec) -> tuple[str, ...]:
 def student_metadata(spec: StudentSpec, resolution: tuple[int, int]) -> dict[str, str]:
     """``fewstep.spec`` and ``modelspec.*`` of a student's file."""
     steps = "1 step" if spec.steps == 1 else f"{spec.steps} steps"
-    architecture = {
-        "sd1": "stable-diffusion-v1",
-        "sd2": "stable-diffusion-v2",
-        "sdxl": "stable-diffusion-xl-v1-base",
-    }
+    known = FAMILIES.get(spec.family)
     suffix = ("-inpainting" if spec.inpaint else "") + ("/lora" if spec.container == "lora" else "")
     described = modelspec(
         title=f"{spec.teacher_name}, FewStep, {steps}",
-        architecture=architecture.get(spec.family, spec.family) + suffix,
+        architecture=(known.architecture if known else spec.family) + suffix,
         prediction_type=spec.prediction_type,
         resolution=resolution,
     )
     return {SPEC_KEY: spec.to_json(), **described}
 
 
-def prediction_type_of(weights: Weights, spec: StudentSpec | None) -> PredictionType:
-    """What the network predicts, by its spec, marker key, modelspec, A1111's .yaml or the scheduler."""
-    said = str(weights.configs.get("scheduler", {}).get("prediction_type", "epsilon"))
+def prediction_type_of(weights: Weights, spec: StudentSpec | None, found: Recognised) -> PredictionType:
+    """What the network predicts, by its spec, marker key, modelspec, A1111's .yaml, a folder's scheduler, or
+    in Stable Diffusion 2 a statistic."""
     if spec is not None:
         return spec.prediction_type
+    scheduler = weights.configs.get("scheduler", {})
+    said = str(scheduler.get("prediction_type", "epsilon"))
     if said not in PREDICTION_TYPES:
         raise BadInput(
             f"{weights.path}: the scheduler's prediction_type {said!r} is none of {PREDICTION_TYPES}"
         )
-    if V_PRED in weights.tensors or weights.metadata.get("modelspec.prediction_type") in (
-        "v",
-        "v_prediction",
-    ):
+    modelspec_says = weights.metadata.get("modelspec.prediction_type")
+    if V_PRED in weights.tensors or modelspec_says in ("v", "v_prediction"):
         return "v_prediction"
     yaml = weights.path.with_suffix(".yaml")
-    if yaml.is_file() and re.search(
-        r"""parameterization:\s*["']?v["']?\s*$""", yaml.read_text("utf-8-sig"), re.M
-    ):
-        return "v_prediction"
-    return said
+    if yaml.is_file():
+        return _said_by_yaml(yaml.read_text("utf-8-sig", errors="replace"))
+    if scheduler or modelspec_says or found.family != "sd2" or _TELLING not in found.tensors:
+        return said
+    if found.tensors[UNET_PREFIX + "input_blocks.0.0.weight"].shape[1] != 4:
+        return said
+    spread = float(found.tensors[_TELLING].float().std(correction=0))
+    guess: PredictionType = "v_prediction" if spread > 0.09 else "epsilon"
+    other = "epsilon" if guess == "v_prediction" else "v_prediction"
+    log.info(
+        "%s: nothing in it says what it predicts; taken for %s, as a statistic of its weights suggests "
+        "(if pictures are noise: --override prediction_type=%s)",
+        weights.path.name,
+        guess,
+        other,
+    )
+    return guess
+
+
+def _said_by_yaml(text: str) -> PredictionType:
+    return "v_prediction" if re.search(r"""parameterization:\s*["']?v["']?\s*$""", text, re.M) else "epsilon"
 
 
 def ztsnr_of(weights: Weights, spec: StudentSpec | None) -> bool:
@@ -326,22 +378,26 @@ def _read(path: Path) -> Weights:
 
 
 def _replace_part(
-    tensors: dict[str, Tensor], configs: dict[str, Config], part: Part, given: Path | str | None
+    tensors: dict[str, Tensor],
+    configs: dict[str, Config],
+    part: Part,
+    family: Family,
+    given: Path | str | None,
 ) -> None:
     """Put a part from a file or a folder of its own in place of the checkpoint's."""
     if given is None:
         return
-    weights = read_weights(Path(given))
-    found = {
-        key: value
-        for key, value in recognise(weights.tensors).tensors.items()
-        if key.startswith(PREFIXES[part])
-    }
+    weights, prefix = read_weights(Path(given)), family.prefixes[part]
+    if part == "vae":
+        ldm = recognise(weights.tensors).tensors
+        found = {key: value for key, value in ldm.items() if key.startswith(prefix)}
+    else:
+        found = text_state(weights.tensors, family.encoder(part))
     if not found:
         raise BadInput(
             f"{given}: a Stable Diffusion {part.replace('_', ' ')} was expected, and this file holds none"
         )
-    for key in [key for key in tensors if key.startswith(PREFIXES[part])]:
+    for key in [key for key in tensors if key.startswith(prefix)]:
         del tensors[key]
     tensors |= found
     configs[part] = weights.configs.get("config", {})
@@ -371,14 +427,20 @@ def _check_schedule(path: Path, said: Config) -> None:
             )
 
 
-def _check_parts(path: Path, tensors: Mapping[str, Tensor], configs: Mapping[str, Config]) -> None:
+def _check_parts(
+    path: Path, tensors: Mapping[str, Tensor], configs: Mapping[str, Config], family: Family
+) -> None:
     """BadInput for a part that is not there, missing keys and wrong shapes; extra keys are only mentioned."""
-    for part, prefix in PREFIXES.items():
+    if any(key.endswith((".scale_weight", ".weight_scale", "scaled_fp8")) for key in tensors):
+        raise BadInput(
+            f"{path}: its weights are scaled float8, which cannot be read; get it as fp16 or plain fp8"
+        )
+    for part, prefix in family.prefixes.items():
         if not any(key.startswith(prefix) for key in tensors):
             flag, name = "--" + part.replace("_", "-"), part.replace("_", " ")
             raise BadInput(f"{path}: this file has no {name}; give the file or folder of one with {flag}")
     try:
-        wrong = problems(tensors, configs, parts=tuple(PREFIXES))
+        wrong = problems(tensors, configs, family=family, parts=tuple(family.prefixes))
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     for first in wrong.missing[:1]:
@@ -390,16 +452,22 @@ def _check_parts(path: Path, tensors: Mapping[str, Tensor], configs: Mapping[str
         log.info("%s: %d keys are unknown and not used (%s ...)", path.name, len(wrong.extra), wrong.extra[0])
 
 
-def _student_kind(path: Path, spec: StudentSpec | None) -> Literal["student", "baked"]:
-    if spec is not None and spec.family != "sd1":
-        raise BadInput(f"{path}: this student is of the family {spec.family}; only sd1 can be opened so far")
+def _student_kind(spec: StudentSpec | None) -> Literal["student", "baked"]:
     return "baked" if spec is not None and spec.baked_guidance is not None else "student"
 
 
-def resolution_of(metadata: Mapping[str, str]) -> tuple[int, int]:
-    """(width, height) in pixels that a file's metadata gives, else the family's."""
+def _family_of_student(path: Path, spec: StudentSpec | None) -> FamilyName | None:
+    if spec is None:
+        return None
+    if spec.family == "pixel":
+        raise BadInput(f"{path}: this student is of the family {spec.family}, which cannot be opened")
+    return spec.family
+
+
+def resolution_of(metadata: Mapping[str, str], usual: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) in pixels that a file's metadata gives, else the family's usual."""
     match = re.fullmatch(r"(\d+)x(\d+)", metadata.get("modelspec.resolution", ""))
-    return (int(match[1]), int(match[2])) if match else NATIVE_RESOLUTION
+    return (int(match[1]), int(match[2])) if match else usual
 
 
 def is_finite(value: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 ``checkpoint`` keeps the dial; ``baked`` folds one guidance into a bias, ``b1 <- b1 + W1 P e(w)``, exactly
 what the dial does at that w, and is a plain checkpoint; ``lora`` is that shift alone, as a patch;
-``diffusers`` is a folder for StableDiffusionPipeline, with the dial as ``time_cond_proj_dim``.
+``diffusers`` is a folder for the family's stock pipeline, with the dial as ``time_cond_proj_dim``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from ..diffusion.denoiser import Cond
 from ..diffusion.errors import BadInput
 from ..diffusion.guidance import bias_shift, w_embedding
 from ..diffusion.spec import StudentSpec
 from ..runtime.files import atomic_path, load_tensors, read_spec, save_tensors
 from .checkpoint import Checkpoint, is_finite, open_checkpoint, student_metadata, write_checkpoint
-from .layout import COND_PROJ, UNET_PREFIX, text_from_ldm, unet_from_ldm, vae_from_ldm
+from .families import SD1, UNET_PREFIX, Family, TextEncoder
+from .layout import COND_PROJ, PROJECTION, text_from_ldm, unet_from_ldm, vae_from_ldm
+from .networks import added_conditions, random_cond
 from .sidecar import check_sidecar, is_ours, sidecar, sidecar_path
 from .vocabulary import save_tokenizer
 
@@ -54,12 +58,11 @@ class Exported:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """A random network input; z: (B, C, h, w), timestep: (B,), text: (B, T, C), embedded w: (B, dim) or
-    None."""
+    """A random network input; z: (B, C, h, w), timestep: (B,), cond: B rows, embedded w: (B, dim) or None."""
 
     z: Tensor
     timestep: Tensor
-    text: Tensor
+    cond: Cond
     embedded: Tensor | None
 
 
@@ -99,6 +102,8 @@ def export_baked(
         _same_tensors(found.tensors, tensors, path)
         yaml = _write_sidecar(student, path)
     notes = (f"guidance {guidance:g} is folded in: use cfg 1 in hosts", *_sampling_notes(spec))
+    if yaml is None and student.prediction_type == "v_prediction":
+        notes = (*notes, "it predicts v: hosts tell by its key v_pred" + (" and ztsnr" if spec.ztsnr else ""))
     if yaml is None:
         return Exported((path,), difference, notes)
     return Exported((path, yaml), difference, (*notes, *_velocity_notes(yaml)))
@@ -140,7 +145,7 @@ def export_lora(
 
 
 def export_diffusers(student: Checkpoint, path: Path, *, dtype: torch.dtype | None = None) -> Exported:
-    """A folder that an unmodified StableDiffusionPipeline runs, its guidance_scale being the dial."""
+    """A folder that the family's unmodified pipeline runs, its guidance_scale being the dial."""
     spec = _spec_of(student)
     _check_output(student, path, suffix="")
     answers, probe = _answers(student)
@@ -148,11 +153,12 @@ def export_diffusers(student: Checkpoint, path: Path, *, dtype: torch.dtype | No
     with atomic_path(path, size=_bytes(tensors)) as partial:
         with _quiet():
             _write_folder(student, tensors, partial)
-            found = pipeline_class().from_pretrained(str(partial), local_files_only=True)
+            found = pipeline_class(student.of).from_pretrained(str(partial), local_files_only=True)
         unet: Any = found.unet.float().eval()
         difference = _compare(_answer(unet, probe), answers, dtype=_dtype(tensors), path=path)
-        _same_tensors(open_checkpoint(partial).tensors, tensors, path)
-        notes = _pipeline_notes(spec, found.scheduler)
+        kept = {key: tensors[key] for key in student.network_tensors()}
+        _same_tensors(open_checkpoint(partial).tensors, kept, path)
+        notes = _pipeline_notes(spec, found.scheduler, type(found).__name__)
         del found
     return Exported((path,), difference, notes)
 
@@ -175,8 +181,14 @@ def pipeline_scheduler(spec: StudentSpec) -> DPMSolverMultistepScheduler:
     )
 
 
-def pipeline_class() -> Any:
-    """StableDiffusionPipeline, imported only where it is needed: that takes seconds and prints hints."""
+def pipeline_class(family: Family = SD1) -> Any:
+    """The family's stock pipeline, imported only where it is needed: that takes seconds and prints hints."""
+    if family.sizes:
+        from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
+            StableDiffusionXLPipeline,
+        )
+
+        return StableDiffusionXLPipeline
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
     return StableDiffusionPipeline
@@ -208,33 +220,38 @@ def _write_folder(student: Checkpoint, tensors: Mapping[str, Tensor], path: Path
     for name in ("unet", "vae"):
         (path / name).mkdir(parents=True)
         parts[name].save_config(str(path / name))
-    parts["text_encoder"].config.save_pretrained(str(path / "text_encoder"))
-    text = {f"text_model.{key}": value for key, value in text_from_ldm(tensors).items()}
     metadata = {"format": "pt"}
     save_tensors(
         unet_from_ldm(tensors), metadata | student_metadata(spec, student.resolution), path / UNET_FILE
     )
     save_tensors(vae_from_ldm(tensors), metadata, path / "vae" / UNET_FILE.name)
-    save_tensors(text, metadata, path / "text_encoder" / "model.safetensors")
-    scheduler: Any = pipeline_scheduler(spec)
-    pipeline = pipeline_class()(
-        **parts,
-        tokenizer=student.tokenizer(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    components: dict[str, Any] = {**parts, "scheduler": pipeline_scheduler(spec)}
+    for encoder in student.of.text_encoders:
+        parts[encoder.part].config.save_pretrained(str(path / encoder.part))
+        bare = text_from_ldm(tensors, encoder)
+        text = {key if key == PROJECTION else f"text_model.{key}": value for key, value in bare.items()}
+        save_tensors(text, metadata, path / encoder.part / "model.safetensors")
+        components[encoder.tokenizer] = _with_pad(student.tokenizer(encoder.part), encoder)
+        save_tokenizer(components[encoder.tokenizer], path / encoder.tokenizer)
+    if not student.of.sizes:
+        components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = pipeline_class(student.of)(**components)
     pipeline.save_config(str(path))
     pipeline.scheduler.save_pretrained(str(path / "scheduler"))
-    save_tokenizer(pipeline.tokenizer, path / "tokenizer")
+
+
+def _with_pad(tokenizer: CLIPTokenizer, encoder: TextEncoder) -> CLIPTokenizer:
+    """The tokenizer with the family's pad token, which stock pipelines take from it."""
+    if encoder.pad is not None:
+        tokenizer.pad_token = encoder.pad
+    return tokenizer
 
 
 def _write_sidecar(student: Checkpoint, path: Path) -> Path | None:
     """The .yaml that a v-prediction checkpoint needs; of an earlier export, it is removed where it would
-    mislead."""
+    mislead. None for SDXL, whose hosts go by the key ``v_pred``."""
     yaml = sidecar_path(path)
-    if student.prediction_type == "v_prediction":
+    if student.prediction_type == "v_prediction" and not student.of.sizes:
         with atomic_path(yaml) as partial:
             partial.write_text(sidecar(student), encoding="utf-8")
         return yaml
@@ -322,16 +339,12 @@ def _answers(student: Checkpoint, guidance: float | None = None) -> tuple[Tensor
     unet = student.unet()
     generator = torch.Generator().manual_seed(0)
     side = 2 ** len(student.config("unet")["block_out_channels"])
-    length, width = (
-        student.config("text_encoder")["max_position_embeddings"],
-        unet.config["cross_attention_dim"],
-    )
     dial = spec.w_embedding
     scales = (guidance, guidance) if guidance is not None else (spec.guidance_default, spec.guidance_max)
     probe = Probe(
         z=torch.randn(2, unet.config["in_channels"], side, side, generator=generator),
         timestep=torch.tensor([max(spec.timesteps), min(spec.timesteps)]),
-        text=torch.randn(2, length, width, generator=generator),
+        cond=random_cond(student, 2, generator=generator),
         embedded=None
         if dial is None
         else w_embedding(torch.tensor(scales) - 1, dim=dial.dim, scale=dial.scale),
@@ -342,7 +355,12 @@ def _answers(student: Checkpoint, guidance: float | None = None) -> tuple[Tensor
 @torch.no_grad()
 def _answer(unet: UNet2DConditionModel, probe: Probe) -> Tensor:
     embedded = None if unet.config["time_cond_proj_dim"] is None else probe.embedded
-    return unet(probe.z, probe.timestep, probe.text, timestep_cond=embedded, return_dict=False)[0]
+    added = added_conditions(probe.cond, torch.float32)
+    text = probe.cond["text"]
+    call: Any = unet
+    return call(
+        probe.z, probe.timestep, text, timestep_cond=embedded, added_cond_kwargs=added, return_dict=False
+    )[0]
 
 
 def _compare(found: Tensor, expected: Tensor, *, dtype: torch.dtype, path: Path) -> float:
@@ -379,11 +397,11 @@ def _velocity_notes(yaml: Path) -> tuple[str, ...]:
     )
 
 
-def _pipeline_notes(spec: StudentSpec, scheduler: Any) -> tuple[str, ...]:
+def _pipeline_notes(spec: StudentSpec, scheduler: Any, pipeline: str) -> tuple[str, ...]:
     scheduler.set_timesteps(spec.steps)
     walks = spec.sampler == "deterministic" and spec.direction == "decode"
     if walks and tuple(scheduler.timesteps.tolist()) == spec.timesteps:
-        return (f"StableDiffusionPipeline: num_inference_steps={spec.steps}, guidance_scale is the dial",)
+        return (f"{pipeline}: num_inference_steps={spec.steps}, guidance_scale is the dial",)
     return (
         "stock diffusers can load this student, but its schedulers cannot walk its grid "
         f"({spec.sampler}, timesteps {', '.join(str(timestep) for timestep in spec.timesteps)})",

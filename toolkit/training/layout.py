@@ -3,10 +3,11 @@
 Both namings describe one tree of modules, so each conversion is one table of module names, read from the keys
 that are there: any width, depth and choice of attention levels. The same table serves both directions, hence
 a round trip returns the same keys and tensors. Tensors are renamed, never copied; only the VAE's attention
-changes shape, (C, C) in diffusers and (C, C, 1, 1) in the single file.
+changes shape, (C, C) in diffusers and (C, C, 1, 1) in the single file, and OpenCLIP's text encoders keep
+query, key and value in one matrix and the projection transposed.
 
-Configurations come from shapes alone. What shapes cannot say follows Stable Diffusion 1: 8 attention heads,
-32 normalisation groups, a quick-GELU text encoder with 64 numbers a head.
+Configurations come from shapes alone. What shapes cannot say is the family's (families.py), or Stable
+Diffusion's everywhere: 32 normalisation groups, text encoders with 64 numbers a head.
 """
 
 from __future__ import annotations
@@ -16,19 +17,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..diffusion.errors import BadInput
+from .families import CLIP_L, SD1, UNET_PREFIX, VAE_PREFIX, Family, TextEncoder
 
 State = Mapping[str, Tensor]
 
-UNET_PREFIX = "model.diffusion_model."
-VAE_PREFIX = "first_stage_model."
-TEXT_PREFIX = "cond_stage_model.transformer.text_model."
+TEXT_PREFIX = CLIP_L.prefix
 COND_PROJ = UNET_PREFIX + "time_embed.cond_proj.weight"
-
-SCALING_FACTOR = 0.18215
-"""Of SD1's latents: ``x0 = 0.18215 * encode(image)``."""
+SIZE_WIDTH = 256
+"""Numbers that embed each of the six sizes which an SDXL UNet is told."""
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -40,6 +40,22 @@ _RESNET = {
 }
 _VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {
     "conv_shortcut": "nin_shortcut"
+}
+PROJECTION = "text_projection.weight"
+_LAYER = r"encoder\.layers\.(\d+)\."
+_OPEN_CLIP = {
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm": "ln_final",
+    PROJECTION: "text_projection",
+    "encoder.layers": "transformer.resblocks",
+}
+_OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
 }
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
@@ -90,21 +106,58 @@ def vae_from_ldm(state: State) -> dict[str, Tensor]:
     return {_renamed(key, table, "VAE"): value for key, value in flat.items()}
 
 
-def text_to_ldm(state: State) -> dict[str, Tensor]:
+def text_to_ldm(state: State, encoder: TextEncoder = CLIP_L) -> dict[str, Tensor]:
     """A CLIPTextModel's state with single-file keys; transformers 4 says ``text_model.*``, 5 ``*``."""
-    return {TEXT_PREFIX + key.removeprefix("text_model."): value for key, value in state.items()}
+    bare = {key.removeprefix("text_model."): value for key, value in state.items()}
+    named = _fused(bare) if encoder.naming == "open_clip" else bare
+    return {encoder.prefix + key: value for key, value in named.items()}
 
 
-def text_from_ldm(state: State) -> dict[str, Tensor]:
-    """The text encoder of a single file's state, keys without ``text_model.``; other parts are left out.
+def text_from_ldm(state: State, encoder: TextEncoder = CLIP_L) -> dict[str, Tensor]:
+    """A text encoder of a single file's state, keys without ``text_model.``; what it does not use is left
+    out.
 
-    Early files lack the ``text_model.`` level. The buffer ``position_ids`` is no weight and is left out.
+    Early files lack the ``text_model.`` level. The buffer ``position_ids`` is no weight.
     """
-    part = under(state, TEXT_PREFIX) or under(state, TEXT_PREFIX.removesuffix("text_model."))
-    return {key: value for key, value in part.items() if not key.endswith("position_ids")}
+    part = under(state, encoder.prefix) or under(state, encoder.prefix.removesuffix("text_model."))
+    if encoder.naming == "open_clip":
+        part = _split(part)
+    layers = used_layers(part, encoder)
+    return {
+        key: value
+        for key, value in part.items()
+        if not key.endswith(("position_ids", "attn_mask", "logit_scale"))
+        and (encoder.pooled or key != PROJECTION)
+        and not ((match := re.match(_LAYER, key)) and int(match[1]) >= layers)
+    }
 
 
-def unet_config_from(state: State) -> dict[str, Any]:
+def used_layers(bare: State, encoder: TextEncoder) -> int:
+    """How many of the layers in the file are run.
+
+    ViT-H with 23 layers comes from a diffusers folder, where the 24th, unused one is dropped already.
+    """
+    layers = _count(bare, _LAYER)
+    width = bare["final_layer_norm.weight"].shape[0] if "final_layer_norm.weight" in bare else 0
+    return layers if (layers, width) == (23, 1024) else layers - encoder.unused_layers
+
+
+def with_unused_layers(bare: State, encoder: TextEncoder) -> dict[str, Tensor]:
+    """The state of a text encoder that was cut to its used layers, with layers of zeros after them.
+
+    Zeros make a residual layer do nothing, so a host that runs it all the same gets the same answer.
+    """
+    layers = _count(bare, _LAYER)
+    last = {key: value for key, value in bare.items() if key.startswith(f"encoder.layers.{layers - 1}.")}
+    more = {
+        key.replace(f".{layers - 1}.", f".{layers + n}.", 1): torch.zeros_like(value)
+        for n in range(encoder.unused_layers)
+        for key, value in last.items()
+    }
+    return {**bare, **more}
+
+
+def unet_config_from(state: State, family: Family = SD1) -> dict[str, Any]:
     """Arguments of ``UNet2DConditionModel`` for a single file's state (tensors may be on the meta device)."""
     part = under(state, UNET_PREFIX)
     levels = levels_from_ldm(part)
@@ -112,23 +165,28 @@ def unet_config_from(state: State) -> dict[str, Any]:
     down = ["CrossAttnDownBlock2D" if level.attention else "DownBlock2D" for level in levels]
     up = ["CrossAttnUpBlock2D" if level.attention else "UpBlock2D" for level in reversed(levels)]
     depths = [_depth(part, rf"input_blocks\.{first}\.1\.transformer_blocks\.") or 1 for first in firsts]
-    depths[-1] = _depth(part, r"middle_block\.1\.transformer_blocks\.") or 1
+    depths[-1] = _depth(part, r"middle_block\.1\.transformer_blocks\.") or depths[-1]
+    widths = tuple(_shape(part, UNET_PREFIX, f"input_blocks.{n}.0.in_layers.2.weight")[0] for n in firsts)
     resnets = [level.resnets for level in levels]
     proj_in = next((value for key, value in part.items() if key.endswith(".1.proj_in.weight")), None)
     context = next((value for key, value in part.items() if key.endswith(".attn2.to_k.weight")), None)
     cond_proj = part.get("time_embed.cond_proj.weight")
+    label = part.get("label_emb.0.0.weight")
+    sizes: dict[str, Any] = {} if label is None else {"projection_class_embeddings_input_dim": label.shape[1]}
+    if label is not None:
+        sizes |= {"addition_embed_type": "text_time", "addition_time_embed_dim": SIZE_WIDTH}
     return {
+        **sizes,
         "in_channels": _shape(part, UNET_PREFIX, "input_blocks.0.0.weight")[1],
         "out_channels": _shape(part, UNET_PREFIX, "out.2.weight")[0],
-        "block_out_channels": tuple(
-            _shape(part, UNET_PREFIX, f"input_blocks.{n}.0.in_layers.2.weight")[0] for n in firsts
-        ),
+        "block_out_channels": widths,
         "layers_per_block": resnets[0] if len(set(resnets)) == 1 else tuple(resnets),
         "down_block_types": tuple(down),
+        "mid_block_type": _mid_block(part),
         "up_block_types": tuple(up),
         "transformer_layers_per_block": depths[0] if len(set(depths)) == 1 else tuple(depths),
         "cross_attention_dim": context.shape[1] if context is not None else 768,
-        "attention_head_dim": 8,
+        "attention_head_dim": family.heads or tuple(max(1, width // 64) for width in widths),
         "norm_num_groups": 32,
         "use_linear_projection": proj_in is not None and proj_in.ndim == 2,
         "time_embedding_dim": _shape(part, UNET_PREFIX, "time_embed.0.weight")[0],
@@ -136,7 +194,7 @@ def unet_config_from(state: State) -> dict[str, Any]:
     }
 
 
-def vae_config_from(state: State) -> dict[str, Any]:
+def vae_config_from(state: State, family: Family = SD1) -> dict[str, Any]:
     """Arguments of ``AutoencoderKL`` for a single file's state."""
     part = under(state, VAE_PREFIX)
     levels = _count(part, r"encoder\.down\.(\d+)\.")
@@ -151,23 +209,30 @@ def vae_config_from(state: State) -> dict[str, Any]:
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
         "norm_num_groups": 32,
-        "scaling_factor": SCALING_FACTOR,
+        "scaling_factor": family.scaling_factor,
     }
 
 
-def text_config_from(state: State) -> dict[str, Any]:
+def text_config_from(state: State, encoder: TextEncoder = CLIP_L) -> dict[str, Any]:
     """Arguments of ``CLIPTextConfig`` for a single file's state."""
-    part = text_from_ldm(state)
-    vocabulary, hidden = _shape(part, TEXT_PREFIX, "embeddings.token_embedding.weight")
+    part = text_from_ldm(state, encoder)
+
+    def shape(key: str) -> tuple[int, ...]:
+        if key in part:
+            return tuple(part[key].shape)
+        theirs = _renamed(key, _OPEN_CLIP, "text encoder") if encoder.naming == "open_clip" else key
+        raise _missing(encoder.prefix + theirs)
+
+    vocabulary, hidden = shape("embeddings.token_embedding.weight")
     return {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
-        "intermediate_size": _shape(part, TEXT_PREFIX, "encoder.layers.0.mlp.fc1.weight")[0],
-        "num_hidden_layers": _depth(part, r"encoder\.layers\."),
+        "intermediate_size": shape("encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": _count(part, _LAYER),
         "num_attention_heads": max(1, hidden // 64),
-        "max_position_embeddings": _shape(part, TEXT_PREFIX, "embeddings.position_embedding.weight")[0],
-        "projection_dim": hidden,
-        "hidden_act": "quick_gelu",
+        "max_position_embeddings": shape("embeddings.position_embedding.weight")[0],
+        "projection_dim": shape(PROJECTION)[0] if encoder.pooled else hidden,
+        "hidden_act": encoder.activation,
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
         "pad_token_id": vocabulary - 1,
@@ -185,6 +250,8 @@ def unet_table(levels: tuple[Level, ...]) -> dict[str, str]:
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
         "time_embedding.cond_proj": "time_embed.cond_proj",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
         "mid_block.attentions.0": "middle_block.1",
         "conv_norm_out": "out.0",
         "conv_out": "out.2",
@@ -249,6 +316,58 @@ def levels_from_ldm(part: Iterable[str]) -> tuple[Level, ...]:
     return (*levels, Level(resnets, attention))
 
 
+def _mid_block(part: State) -> str | None:
+    """diffusers' class of the middle: attention between two residual blocks, one of these alone, or nothing
+    (the pruned SDXLs)."""
+    if "middle_block.1.norm.weight" in part:
+        return "UNetMidBlock2DCrossAttn"
+    return "UNetMidBlock2D" if "middle_block.0.in_layers.0.weight" in part else None
+
+
+def _fused(bare: State) -> dict[str, Tensor]:
+    """transformers' names of a text encoder -> OpenCLIP's, with query, key and value in one."""
+    table = _OPEN_CLIP | _open_clip_layers(bare, _LAYER)
+    named: dict[str, Tensor] = {}
+    for key, value in bare.items():
+        if match := re.match(rf"{_LAYER}self_attn\.(q|k|v)_proj\.(weight|bias)$", key):
+            if match[2] == "q":
+                three = [bare[key.replace(".q_proj.", f".{name}_proj.")] for name in "qkv"]
+                named[f"transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}"] = _joined(three)
+        else:
+            named[_renamed(key, table, "text encoder")] = value.T if key == PROJECTION else value
+    return named
+
+
+def _split(part: State) -> dict[str, Tensor]:
+    """OpenCLIP's names of a text encoder -> transformers', views of the same tensors; others as they are."""
+    table = _inverse(_OPEN_CLIP | _open_clip_layers(part, r"transformer\.resblocks\.(\d+)\."))
+    bare: dict[str, Tensor] = {}
+    for key, value in part.items():
+        if match := re.match(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$", key):
+            for name, third in zip("qkv", value.chunk(3), strict=False):
+                bare[f"encoder.layers.{match[1]}.self_attn.{name}_proj.{match[2]}"] = third
+        else:
+            module, _, kind = key.rpartition(".")
+            ours = table.get(key) or (f"{table[module]}.{kind}" if module in table else key)
+            bare[ours] = value.T if key == "text_projection" else value
+    return bare
+
+
+def _open_clip_layers(keys: Iterable[str], pattern: str) -> dict[str, str]:
+    return {
+        f"encoder.layers.{n}.{ours}": f"transformer.resblocks.{n}.{theirs}"
+        for n in range(_count(keys, pattern))
+        for ours, theirs in _OPEN_CLIP_LAYER.items()
+    }
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """Concatenated; as bytes where torch cannot concatenate the dtype (float8)."""
+    if tensors[0].element_size() == 1:
+        return torch.cat([tensor.view(torch.uint8) for tensor in tensors]).view(tensors[0].dtype)
+    return torch.cat(tensors)
+
+
 def under(state: State, prefix: str) -> dict[str, Tensor]:
     """The entries under a prefix, without it."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -297,10 +416,12 @@ def _is_vae_attention(key: str, value: Tensor) -> bool:
 
 def _shape(part: State, prefix: str, key: str) -> tuple[int, ...]:
     if key not in part:
-        raise BadInput(
-            f"the key {prefix}{key} is missing, so this is no complete Stable Diffusion checkpoint"
-        )
+        raise _missing(prefix + key)
     return tuple(part[key].shape)
+
+
+def _missing(key: str) -> BadInput:
+    return BadInput(f"the key {key} is missing, so this is no complete Stable Diffusion checkpoint")
 
 
 def _count(keys: Iterable[str], pattern: str) -> int:

@@ -5,17 +5,20 @@ latents.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..diffusion.denoiser import Cond, Network, NetworkDenoiser
 from ..diffusion.guidance import w_embedding
 from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import NoiseSchedule
+from .checkpoint import Checkpoint
+from .families import CLIP_L, TextEncoder, size_ids
 
 
 def unet_network(unet: torch.nn.Module) -> Network:
@@ -25,12 +28,23 @@ def unet_network(unet: torch.nn.Module) -> Network:
 
     def call(z: Tensor, timestep: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
         dtype = next(unet.parameters()).dtype
-        embedded = None if w is None else w_embedding(w).to(dtype)
-        return unet(z.to(dtype), timestep, cond["text"].to(dtype), timestep_cond=embedded, return_dict=False)[
-            0
-        ]
+        return unet(
+            z.to(dtype),
+            timestep,
+            cond["text"].to(dtype),
+            timestep_cond=None if w is None else w_embedding(w).to(dtype),
+            added_cond_kwargs=added_conditions(cond, dtype),
+            return_dict=False,
+        )[0]
 
     return call
+
+
+def added_conditions(cond: Cond, dtype: torch.dtype) -> dict[str, Tensor] | None:
+    """What an SDXL UNet is told beside the text; the sizes stay in float32, for their sinusoids."""
+    if "pooled" not in cond:
+        return None
+    return {"text_embeds": cond["pooled"].to(dtype), "time_ids": cond["time_ids"].float()}
 
 
 def denoiser(
@@ -51,26 +65,85 @@ def place(module: Module, device: torch.device | str, dtype: torch.dtype | None 
     return module
 
 
+@dataclass(frozen=True, eq=False)
+class LoadedEncoder:
+    """One text encoder, ready to run."""
+
+    of: TextEncoder
+    tokenizer: CLIPTokenizer
+    model: CLIPTextModel | CLIPTextModelWithProjection
+
+
+def load_encoders(
+    checkpoint: Checkpoint, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[LoadedEncoder]:
+    """All text encoders of a checkpoint with their tokenizers, in the family's order."""
+    return [
+        LoadedEncoder(
+            encoder,
+            checkpoint.tokenizer(encoder.part),
+            place(checkpoint.text_encoder(dtype, part=encoder.part), device).eval(),
+        )
+        for encoder in checkpoint.of.text_encoders
+    ]
+
+
 @torch.no_grad()
+def encode_prompts(prompts: Sequence[str], encoders: Sequence[LoadedEncoder], *, batch: int = 64) -> Cond:
+    """ "text" (N, T, C) float32 on the CPU, the encoders' states side by side, prompts cut at T (77 in CLIP);
+    "pooled" (N, P) where an encoder gives it.
+    """
+    rows: dict[str, list[Tensor]] = {}
+    for first in range(0, len(prompts), batch):
+        part = list(prompts[first : first + batch])
+        texts: list[Tensor] = []
+        for encoder in encoders:
+            tokens = _tokens(part, encoder).to(encoder.model.device)
+            answer: Any = encoder.model(tokens, output_hidden_states=encoder.of.penultimate)
+            state = answer.hidden_states[-2] if encoder.of.penultimate else answer.last_hidden_state
+            texts.append(state.float().cpu())
+            if encoder.of.pooled:
+                rows.setdefault("pooled", []).append(answer.text_embeds.float().cpu())
+        rows.setdefault("text", []).append(torch.cat(texts, dim=-1))
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
 def encode_texts(
     prompts: Sequence[str], *, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, batch: int = 64
 ) -> Tensor:
-    """(N, T, C) float32: the last hidden states of the prompts, cut at the encoder's length T (77 in
-    CLIP).
+    """(N, T, C) float32: :func:`encode_prompts` with Stable Diffusion 1's one encoder."""
+    return encode_prompts(prompts, [LoadedEncoder(CLIP_L, tokenizer, text_encoder)], batch=batch)["text"]
+
+
+def _tokens(prompts: list[str], encoder: LoadedEncoder) -> Tensor:
+    """(N, T) int64, filled up after the end mark as the family does.
+
+    Padding here, not in the tokenizer: made its pad token, "!" would be split off the words that it ends.
     """
-    length = text_encoder.config.max_position_embeddings
-    device = text_encoder.device
-    rows: list[Tensor] = []
-    for first in range(0, len(prompts), batch):
-        tokens = tokenizer(
-            list(prompts[first : first + batch]),
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        rows.append(text_encoder(tokens.input_ids.to(device)).last_hidden_state.float().cpu())
-    return torch.cat(rows)
+    tokenizer, length = encoder.tokenizer, encoder.model.config.max_position_embeddings
+    pad: Any = encoder.of.pad or tokenizer.pad_token
+    filler = tokenizer.convert_tokens_to_ids(pad)
+    rows: list[list[int]] = tokenizer(prompts, truncation=True, max_length=length).input_ids
+    return torch.tensor([row + [filler] * (length - len(row)) for row in rows])
+
+
+def with_sizes(cond: Cond, *, width: int, height: int) -> Cond:
+    """The conditioning of pictures of a size in pixels, as hosts send it: SDXL's is told the size."""
+    if "pooled" not in cond:
+        return cond
+    sizes = torch.tensor(size_ids(width, height), dtype=torch.float32, device=cond["pooled"].device)
+    return {**cond, "time_ids": sizes.expand(len(cond["pooled"]), -1)}
+
+
+def random_cond(checkpoint: Checkpoint, batch: int, *, generator: torch.Generator) -> Cond:
+    """A conditioning of random numbers in the shapes that the UNet takes, for the model's own size."""
+    config = checkpoint.config("unet")
+    length = checkpoint.config("text_encoder")["max_position_embeddings"]
+    cond = {"text": torch.randn(batch, length, config["cross_attention_dim"], generator=generator)}
+    if checkpoint.of.sizes:
+        width = checkpoint.config("text_encoder_2")["projection_dim"]
+        cond["pooled"] = torch.randn(batch, width, generator=generator)
+    return with_sizes(cond, width=checkpoint.resolution[0], height=checkpoint.resolution[1])
 
 
 @torch.no_grad()

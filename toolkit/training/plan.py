@@ -17,6 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from ..diffusion.denoiser import Cond
 from ..diffusion.errors import BadInput
 from ..diffusion.method import Phase
 from .loop import CHECKPOINT_GRADIENTS_ABOVE, LoopSettings
@@ -96,17 +97,18 @@ def measure(
     unet: UNet2DConditionModel,
     *,
     latent: tuple[int, int, int],
-    text: tuple[int, int],
+    cond: Cond,
     batch: int,
     device: torch.device,
     precision: str,
 ) -> Costs:
-    """Time the network at its real shapes, in the precision of the run; its weights are left as they were."""
+    """Time the network at its real shapes (``cond``: ``batch`` rows), in the precision of the run; its
+    weights are left as they were."""
     generator = torch.Generator().manual_seed(0)
     inputs = (
         torch.randn((batch, *latent), generator=generator).to(device),
         torch.full((batch,), 500, device=device),
-        {"text": torch.randn((batch, *text), generator=generator).to(device)},
+        {name: value.to(device) for name, value in cond.items()},
         torch.zeros(batch, device=device),
     )
     network = unet_network(place(unet, device))

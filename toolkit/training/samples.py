@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,12 +41,12 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 @dataclass(frozen=True, eq=False)
 class Samples:
     """``shards``: x0 (n, C, h, w) and text (n,) row numbers into ``texts``; the teacher's own also have
-    guidance (n,) and states (n, K, C, h, w) at ``state_timesteps``. ``texts`` (M, T, D); its row 0 is the
-    unconditional text.
+    guidance (n,) and states (n, K, C, h, w) at ``state_timesteps``. ``texts``: conditionings of M rows, row 0
+    the unconditional one. Where the UNet is told the pictures' sizes, the shards have "time_ids" (n, 6).
     """
 
     shards: Sequence[dict[str, Tensor]]
-    texts: Tensor
+    texts: Cond
     state_timesteps: tuple[int, ...] = ()
 
     def __len__(self) -> int:
@@ -64,7 +64,12 @@ class Samples:
 
     @property
     def uncond(self) -> Cond:
-        return {"text": self.texts[:1].float()}
+        return {name: value[:1].float() for name, value in self.texts.items()}
+
+    def cond(self, rows: Mapping[str, Tensor]) -> Cond:
+        """The conditioning of samples (:meth:`rows`)."""
+        cond = _taken(self.texts, rows["text"])
+        return {**cond, "time_ids": rows["time_ids"].float()} if "time_ids" in rows else cond
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def draw_batch(
         states = rows["states"].to(device)
     return Batch(
         x0=rows["x0"].float().to(device),
-        cond={"text": samples.texts[rows["text"]].float().to(device)},
+        cond={name: value.to(device) for name, value in samples.cond(rows).items()},
         uncond={name: value.to(device) for name, value in samples.uncond.items()},
         w=(scale - 1).to(device),
         states=states,
@@ -122,7 +127,8 @@ def trajectory_steps(finest: int) -> int:
 
 @dataclass(frozen=True)
 class TeacherSampleRequest:
-    """All that the teacher's own pictures depend on."""
+    """All that the teacher's own pictures depend on. ``sizes``: what the UNet is told of theirs, if
+    anything."""
 
     teacher_sha256: str
     prompts: tuple[str, ...]
@@ -133,6 +139,7 @@ class TeacherSampleRequest:
     seed: int
     precision: str
     steps: int
+    sizes: tuple[int, ...] = ()
 
     def folder(self, cache: Path) -> Path:
         return cache / f"teacher-{_key(asdict(self))}"
@@ -152,7 +159,7 @@ def make_teacher_samples(
     folder: Path,
     *,
     teacher: Denoiser,
-    encode: Callable[[Sequence[str]], Tensor],
+    encode: Callable[[Sequence[str]], Cond],
     schedule: NoiseSchedule,
     device: torch.device,
     batch: int,
@@ -165,16 +172,19 @@ def make_teacher_samples(
     samplewise = torch.arange(request.count) % len(request.prompts)
     count = -(-request.count // SHARD)
     missing = [i for i in range(count) if not _shard_path(folder, i).exists()]
-    guided = Guided(teacher, {"text": texts[:1].float().to(device)})
+    guided = Guided(teacher, {name: value[:1].float().to(device) for name, value in texts.items()})
     sigmas = schedule.sigma(torch.tensor([*Grid.trailing(request.steps, len(schedule)).timesteps, -1]))
     for number in progress(missing):
         numbers = torch.arange(number * SHARD, min((number + 1) * SHARD, request.count))
         parts = [
-            _sample_part(part, request, guided, texts[text_rows[samplewise[part]]].float(), sigmas, device)
+            _sample_part(part, request, guided, _taken(texts, text_rows[samplewise[part]]), sigmas, device)
             for part in numbers.split(batch)
         ]
         shard = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        save_tensors({**shard, "text": text_rows[samplewise[numbers]]}, {}, _shard_path(folder, number))
+        shard |= {"text": text_rows[samplewise[numbers]]}
+        if request.sizes:
+            shard["time_ids"] = torch.tensor(request.sizes).expand(len(numbers), -1)
+        save_tensors(shard, {}, _shard_path(folder, number))
     return _open(folder, count, texts, Grid.trailing(request.steps, len(schedule)).timesteps)
 
 
@@ -183,7 +193,7 @@ def _sample_part(
     numbers: Tensor,
     request: TeacherSampleRequest,
     guided: Guided,
-    text: Tensor,
+    cond: Cond,
     sigmas: Tensor,
     device: torch.device,
 ) -> dict[str, Tensor]:
@@ -192,12 +202,17 @@ def _sample_part(
     x = torch.cat([initial_latent((1, *request.shape), seed=s, sigma=sigma_0) for s in seeds]).to(device)
     draw = torch.Generator().manual_seed(seeds[0])
     scale = GuidanceRange(*request.guidance).draw(len(numbers), generator=draw)
+    if request.sizes:
+        cond = {**cond, "time_ids": torch.tensor(request.sizes).float().expand(len(numbers), -1)}
     states: list[Tensor] = []
     x0 = sample_dpmpp_2m(
         guided,
         x,
         sigmas,
-        extra_args={"cond": {"text": text.to(device)}, "w": (scale - 1).to(device)},
+        extra_args={
+            "cond": {name: value.to(device) for name, value in cond.items()},
+            "w": (scale - 1).to(device),
+        },
         callback=lambda state: states.append(state["x"].half().cpu()),
     )
     return {"x0": x0.half().cpu(), "guidance": scale, "states": torch.stack(states, dim=1)}
@@ -205,13 +220,14 @@ def _sample_part(
 
 @dataclass(frozen=True)
 class ImageFolderRequest:
-    """All that the latents of a folder of pictures depend on."""
+    """All that the latents of a folder of pictures depend on. ``sizes``: whether the UNet is told theirs."""
 
     teacher_sha256: str
     pictures: tuple[tuple[str, str, str], ...]
     negative: str
     width: int
     height: int
+    sizes: bool = False
 
     @property
     def evaluations(self) -> int:
@@ -260,7 +276,7 @@ def make_image_samples(
     *,
     source: Path,
     encode_images: Callable[[Tensor], Tensor],
-    encode: Callable[[Sequence[str]], Tensor],
+    encode: Callable[[Sequence[str]], Cond],
     progress: Callable[[Iterable[int]], Iterable[int]],
 ) -> Samples:
     """Latents of the folder's pictures, scaled to cover and cropped at the centre; damaged ones are named and
@@ -272,6 +288,7 @@ def make_image_samples(
     count = -(-len(request.pictures) // SHARD)
     for number in progress([i for i in range(count) if not _shard_path(folder, i).exists()]):
         latents: list[Tensor] = []
+        sizes: list[tuple[int, ...]] = []
         rows: list[int] = []
         for i in range(number * SHARD, min((number + 1) * SHARD, len(request.pictures))):
             try:
@@ -280,10 +297,13 @@ def make_image_samples(
                 log.warning("%s; skipped", error)
                 continue
             latents.append(encode_images(picture[None]).half())
+            sizes.append(picture_sizes(source / request.pictures[i][0], request.width, request.height))
             rows.append(i)
         if not latents:
             raise BadInput(f"{source}: none of {SHARD} pictures in a row could be read; check the files")
         tensors = {"x0": torch.cat(latents), "text": text_rows[torch.tensor(rows)]}
+        if request.sizes:
+            tensors["time_ids"] = torch.tensor(sizes)
         save_tensors(tensors, {}, _shard_path(folder, number))
     samples = _open(folder, count, texts, ())
     if skipped := len(request.pictures) - len(samples):
@@ -302,32 +322,47 @@ def load_picture(path: Path, width: int, height: int) -> Tensor:
         raise BadInput(
             f"{path.name}: not a picture that can be read; give a PNG, JPEG or WebP file"
         ) from None
-    scale = max(width / image.width, height / image.height)
-    image = image.resize(
-        (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
-        Image.Resampling.LANCZOS,
-    )
+    image = image.resize(_covering(image.size, width, height), Image.Resampling.LANCZOS)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     image = image.crop((left, top, left + width, top + height))
     values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return values.reshape(height, width, 3).permute(2, 0, 1).float() / 255
 
 
+def _covering(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
+    """(width, height) of a picture of ``size`` scaled to cover the wanted one."""
+    scale = max(width / size[0], height / size[1])
+    return max(width, round(size[0] * scale)), max(height, round(size[1] * scale))
+
+
+def picture_sizes(path: Path, width: int, height: int) -> tuple[int, ...]:
+    """What SDXL is told of a picture that :func:`load_picture` cuts: its own size, the crop's corner in the
+    scaled picture, the target; each (height, width)."""
+    with Image.open(path) as image:
+        own = image.size
+    covering = _covering(own, width, height)
+    return (own[1], own[0], (covering[1] - height) // 2, (covering[0] - width) // 2, height, width)
+
+
 def _texts(
-    folder: Path, prompts: Sequence[str], negative: str, encode: Callable[[Sequence[str]], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """All different texts encoded once, (M, T, D) float16, the unconditional first; and the row of each
+    folder: Path, prompts: Sequence[str], negative: str, encode: Callable[[Sequence[str]], Cond]
+) -> tuple[Cond, Tensor]:
+    """All different texts encoded once, M rows in float16, the unconditional first; and the row of each
     prompt.
     """
     different = [negative, *dict.fromkeys(prompts)]
     row_of = {prompt: row for row, prompt in reversed(list(enumerate(different)))}
     path = folder / "texts.safetensors"
     if not path.exists():
-        save_tensors({"texts": encode(different).half()}, {}, path)
-    return load_tensors(path)["texts"], torch.tensor([row_of[prompt] for prompt in prompts])
+        save_tensors({name: value.half() for name, value in encode(different).items()}, {}, path)
+    return load_tensors(path), torch.tensor([row_of[prompt] for prompt in prompts])
 
 
-def _open(folder: Path, count: int, texts: Tensor, state_timesteps: tuple[int, ...]) -> Samples:
+def _taken(texts: Cond, rows: Tensor) -> Cond:
+    return {name: value[rows].float() for name, value in texts.items()}
+
+
+def _open(folder: Path, count: int, texts: Cond, state_timesteps: tuple[int, ...]) -> Samples:
     return Samples([load_tensors(_shard_path(folder, i)) for i in range(count)], texts, state_timesteps)
 
 

@@ -58,7 +58,9 @@ class Settings:
     cache_dir: str
     tokenizer: str | None
     text_encoder: str | None
+    text_encoder_2: str | None
     vae: str | None
+    override: str | None
     method_config: dict[str, Any]
 
     @property

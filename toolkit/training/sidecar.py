@@ -33,6 +33,11 @@ def sidecar(checkpoint: Checkpoint) -> str:
     shapes."""
     unet, vae, text = (checkpoint.config(part) for part in ("unet", "vae", "text_encoder"))
     widths, layers = unet["block_out_channels"], unet["layers_per_block"]
+    heads = f"num_heads: {unet['attention_head_dim']}"
+    if checkpoint.of.heads is None:
+        heads = "num_head_channels: 64\n        use_linear_in_transformer: true"
+    encoder = "FrozenCLIPEmbedder" if checkpoint.family == "sd1" else "FrozenOpenCLIPEmbedder"
+    layer = "" if checkpoint.family == "sd1" else "\n        freeze: true\n        layer: penultimate"
     attention = [2**i for i, kind in enumerate(unet["down_block_types"]) if kind.startswith("CrossAttn")]
     resolution = max(checkpoint.resolution)
     return f"""{_FIRST_LINE}model:
@@ -59,7 +64,7 @@ def sidecar(checkpoint: Checkpoint) -> str:
         attention_resolutions: {attention}
         num_res_blocks: {list(layers) if isinstance(layers, tuple) else layers}
         channel_mult: {[width // widths[0] for width in widths]}
-        num_heads: {unet["attention_head_dim"]}
+        {heads}
         use_spatial_transformer: true
         transformer_depth: {unet["transformer_layers_per_block"]}
         context_dim: {unet["cross_attention_dim"]}
@@ -83,7 +88,7 @@ def sidecar(checkpoint: Checkpoint) -> str:
         lossconfig:
           target: torch.nn.Identity
     cond_stage_config:
-      target: ldm.modules.encoders.modules.FrozenCLIPEmbedder
+      target: ldm.modules.encoders.modules.{encoder}
       params:
-        max_length: {text["max_position_embeddings"]}
+        max_length: {text["max_position_embeddings"]}{layer}
 """

@@ -32,19 +32,24 @@ _HOW = (
 
 
 def load_tokenizer(
-    given: Path | Literal["hub"] | None, *, beside: Path | None = None, length: int = 77
+    given: Path | Literal["hub"] | None,
+    *,
+    beside: Path | None = None,
+    length: int = 77,
+    folder: str = "tokenizer",
 ) -> CLIPTokenizer:
-    """The tokenizer for a text encoder of ``length`` positions; ``beside``: the checkpoint's path.
+    """The tokenizer for a text encoder of ``length`` positions; ``beside``: the checkpoint's path, with the
+    tokenizer in a ``folder`` of that name.
 
     BadInput if there is none, or if the one that was given cannot be read.
     """
     if given == "hub":
         return _from_hub(length)
     if given is not None:
-        return _from_path(given, length)
-    for folder in _folders(beside):
-        if _is_tokenizer(folder):
-            return _from_folder(folder, length)
+        return _from_path(given, folder, length)
+    for found in _folders(beside, folder):
+        if _is_tokenizer(found):
+            return _from_folder(found, length)
     for text in _installed_bpe():
         return _from_bpe(text, length)
     raise BadInput(_HOW)
@@ -59,10 +64,11 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
         _write_tokenizer(folder, model["vocab"], rules)
 
 
-def _folders(beside: Path | None) -> Iterator[Path]:
+def _folders(beside: Path | None, folder: str) -> Iterator[Path]:
     """Where a tokenizer folder may stand: within or next to the checkpoint, and in the ComfyUI around us."""
     if beside is not None:
-        yield (beside if beside.is_dir() else beside.parent) / "tokenizer"
+        for name in dict.fromkeys((folder, "tokenizer")):
+            yield (beside if beside.is_dir() else beside.parent) / name
     for parent in Path(__file__).parents:
         if parent.name == "custom_nodes":
             yield parent.parent / "comfy" / "sd1_tokenizer"
@@ -94,15 +100,15 @@ def _is_tokenizer(folder: Path) -> bool:
     return (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
 
 
-def _from_path(given: Path, length: int) -> CLIPTokenizer:
+def _from_path(given: Path, folder: str, length: int) -> CLIPTokenizer:
     if given.is_file() and given.name.endswith(".txt.gz"):
         try:
             return _from_bpe(gzip.decompress(given.read_bytes()).decode(), length)
         except (OSError, EOFError, UnicodeDecodeError):
             raise BadInput(f"{given}: this is no BPE vocabulary such as {_BPE_NAME}") from None
-    for folder in (given, given / "tokenizer"):
-        if _is_tokenizer(folder):
-            return _from_folder(folder, length)
+    for place in (given, given / folder, given / "tokenizer"):
+        if _is_tokenizer(place):
+            return _from_folder(place, length)
     raise BadInput(f"{given}: a tokenizer folder with vocab.json and merges.txt was expected")
 
 

@@ -1,6 +1,7 @@
 """Reading weights: a safetensors file, a pickle without code, or a diffusers folder, all as named tensors.
 
-Nothing is copied into memory here: safetensors and today's pickles are memory-mapped.
+Nothing is copied into memory here (safetensors and today's pickles are memory-mapped) but an OpenCLIP text
+encoder from a diffusers folder, whose single-file form joins some of its matrices.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from ..diffusion.errors import BadInput
 from ..runtime.files import check_file, load_tensors, read_header
-from .layout import text_to_ldm, unet_to_ldm, vae_to_ldm
+from .families import FAMILIES, SD1, Family
+from .layout import text_to_ldm, unet_to_ldm, vae_to_ldm, with_unused_layers
 
 Config = Mapping[str, Any]
 
@@ -54,7 +56,7 @@ def read_weights(path: Path) -> Weights:
 
 
 def read_folder(path: Path) -> Weights:
-    """A diffusers folder's UNet, and its VAE and text encoder where it has them, under single-file keys."""
+    """A diffusers folder's UNet, and its VAE and text encoders where it has them, under single-file keys."""
     if not (path / "unet").is_dir():
         raise BadInput(f"{path}: a diffusers folder with unet/ in it, or a checkpoint file, was expected")
     unet = read_weights(path / "unet")
@@ -65,12 +67,14 @@ def read_folder(path: Path) -> Weights:
         vae = read_weights(path / "vae")
         tensors |= vae_to_ldm(_todays_vae_names(vae.tensors))
         configs["vae"] = vae.configs["config"]
-    if (path / "text_encoder").is_dir():
-        text = read_weights(path / "text_encoder")
-        tensors |= text_to_ldm(
-            {key: value for key, value in text.tensors.items() if "position_ids" not in key}
-        )
-        configs["text_encoder"] = text.configs["config"]
+    for encoder in _family_of(unet.tensors).text_encoders:
+        if (path / encoder.part).is_dir():
+            text = read_weights(path / encoder.part)
+            bare = {
+                k.removeprefix("text_model."): v for k, v in text.tensors.items() if "position_ids" not in k
+            }
+            tensors |= text_to_ldm(with_unused_layers(bare, encoder), encoder)
+            configs[encoder.part] = text.configs["config"]
     configs["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
     metadata = next(
         (read_header(file).metadata for file in _weight_files(path / "unet", "*.safetensors")), {}
@@ -92,21 +96,29 @@ def read_json(path: Path) -> Config:
 
 
 def refuse_foreign_unet(weights: Weights) -> None:
-    """BadInput for a diffusers UNet of another family, before its keys are translated."""
+    """BadInput for what is no UNet of Stable Diffusion's, before its keys are translated."""
     keys = weights.tensors
-    context = weights.configs.get("config", {}).get("cross_attention_dim")
     for key, family in (
-        ("add_embedding.linear_1.weight", "an SDXL UNet"),
         ("class_embedding.weight", "an upscaler's UNet"),
+        ("class_embedding.linear_1.weight", "an unCLIP UNet"),
         ("transformer_blocks.0.attn.to_q.weight", "a transformer (SD3, Flux or PixArt)"),
         ("controlnet_cond_embedding.conv_in.weight", "a ControlNet"),
     ):
         if key in keys:
-            raise BadInput(f"{weights.path}: this is {family}; only Stable Diffusion 1 can be opened so far")
-    if context == 1024:
-        raise BadInput(f"{weights.path}: this is a Stable Diffusion 2 UNet; only 1 can be opened so far")
+            raise BadInput(
+                f"{weights.path}: this is {family}, and one of Stable Diffusion or SDXL was expected"
+            )
     if "conv_in.weight" not in keys or "time_embedding.linear_1.weight" not in keys:
         raise BadInput(f"{weights.path}: these weights are no Stable Diffusion UNet")
+
+
+def _family_of(unet: Mapping[str, Tensor]) -> Family:
+    """Of a UNet with diffusers' keys; which text encoders to look for."""
+    if "add_embedding.linear_1.weight" in unet:
+        return FAMILIES["sdxl"]
+    linear = (value.ndim == 2 for key, value in unet.items() if key.endswith(".proj_in.weight"))
+    context = (value.shape[1] for key, value in unet.items() if key.endswith(".attn2.to_k.weight"))
+    return FAMILIES["sd2"] if next(linear, False) or next(context, 0) == 1024 else SD1
 
 
 def _folder_tensors(path: Path) -> dict[str, Tensor]:
@@ -120,10 +132,20 @@ def _folder_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _weight_files(path: Path, pattern: str) -> list[Path]:
-    """The files of one set of weights: all shards, or one file (the plain one rather than a variant)."""
-    files = sorted(path.glob(pattern), key=lambda file: (file.name.count("."), file.name))
-    shards = [file for file in files if re.search(r"-\d{5}-of-\d{5}\.", file.name)]
-    return shards or files[:1]
+    """The files of one set of weights, all its shards: the plain one rather than a variant (fp16, non_ema);
+    BadInput if shards are missing."""
+    sets: dict[str, list[Path]] = {}
+    for file in sorted(path.glob(pattern)):
+        sets.setdefault(re.sub(_SHARD, "", file.name), []).append(file)
+    if not sets:
+        return []
+    files = sets[min(sets, key=lambda name: (name.count("."), name))]
+    if (match := re.search(_SHARD, files[0].name)) and len(files) != int(match[1]):
+        raise BadInput(f"{path}: {len(files)} of the {int(match[1])} shards are here; download the others")
+    return files
+
+
+_SHARD = r"-\d{5}-of-(\d{5})"
 
 
 def _pickled_tensors(path: Path) -> dict[str, Tensor]:
