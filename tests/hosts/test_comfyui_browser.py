@@ -370,6 +370,16 @@ def test_the_info_node_shows_its_text(front: Browser, server: ComfyUI, models: M
     front.screenshot(shots)
 
 
+def test_the_help_panel_shows_a_nodes_page(front: Browser, models: Models, shots: Path) -> None:
+    graph(front, sampling(models.epsilon, loader="FewStepLoadStudent"))
+    front.evaluate("() => app.canvas.selectNode(app.graph.getNodeById(1))")
+    info = "document.querySelector('[data-testid=info-button]')"
+    front.wait(f"() => {info}")
+    front.evaluate(f"() => {info}.click()")
+    front.wait("() => document.body.textContent.includes('Loads a distilled checkpoint')")
+    front.screenshot(shots)
+
+
 def test_the_templates_browser_shows_every_workflow_with_its_picture(
     front: Browser, server: ComfyUI, shots: Path
 ) -> None:
