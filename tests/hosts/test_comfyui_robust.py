@@ -195,7 +195,7 @@ def test_an_interrupted_run_stops_and_leaves_nothing_behind(
     out = sample(bench, watched, bench.latent(EMPTY))  # the host keeps the guider from the first prompt
     assert_equal(bench.sampled(out), reference_of(make, models))
     left = leftovers(bench, model, out)
-    assert (left["hooks"], left["guidance"]) == (0, False)
+    assert (left["hooks"], left["guidance"], left["wrappers"]) == (0, False, [])
 
 
 def test_a_guider_that_is_used_again_has_its_guidance_still(bench: Bench, models: Models) -> None:
