@@ -148,6 +148,25 @@ _TINY_SD2_UNET = {
     **_TWO_LEVELS,
 }
 SHAPES = {
+    # The narrowest UNets that ComfyUI's classes of the families take for students; the rest is tiny.
+    "comfy-sd2": Shape(
+        {
+            **_TINY_SD2_UNET,
+            "block_out_channels": (320, 64),
+            "cross_attention_dim": 1024,
+            "attention_head_dim": (5, 1),
+        },
+        _TINY_VAE,
+        {**_TINY_TEXT, "hidden_size": 1024, "num_attention_heads": 16, "hidden_act": "gelu"},
+        family=SD2,
+    ),
+    "comfy-sdxl": Shape(
+        {**_SDXL_UNET, "block_out_channels": (320, 64, 64), "attention_head_dim": (5, 1, 1)},
+        _TINY_VAE,
+        {**_TINY_TEXT, "num_hidden_layers": 3, "hidden_size": 768, "num_attention_heads": 12},
+        family=SDXL,
+        text_2={**_TINY_BIG_G, "hidden_size": 1280, "num_attention_heads": 20, "projection_dim": 1280},
+    ),
     "sd21": Shape(_SD21_UNET, _SD15_VAE, _VIT_H, family=SD2, size=768),
     "sdxl": Shape(_SDXL_UNET, _SD15_VAE, _CLIP_L, family=SDXL, text_2=_BIG_G, size=1024),
     "tiny-sd2": Shape(_TINY_SD2_UNET, _TINY_VAE, {**_TINY_TEXT, "hidden_act": "gelu"}, family=SD2),
