@@ -22,6 +22,7 @@ from toolkit.diffusion.guidance import smooth_features
 from toolkit.diffusion.method import Phase, Setting
 from toolkit.diffusion.schedule import NoiseSchedule
 from toolkit.methods.progressive import Config, phases
+from toolkit.training.adapters import LoraShape, OneNetwork
 from toolkit.training.loop import (
     Interrupted,
     Job,
@@ -70,6 +71,9 @@ SETTINGS = LoopSettings(
     updates=(4, 3), batch_size=4, micro_batch=3, lr=1e-3, warmup=1, clip=1.0, ema=0.9, seed=3,
     precision="fp32", guidance=GuidanceRange(1, 8), trajectory_share=0.5,
 )  # fmt: skip
+
+LORA = dataclasses.replace(SETTINGS, lora=LoraShape(rank=2))
+EITHER = pytest.mark.parametrize("settings", [SETTINGS, LORA], ids=["full", "lora"])
 
 
 def job(out: Path, **changes: object) -> tuple[Job, dict[str, dict[str, Tensor]]]:
@@ -133,14 +137,108 @@ def test_a_run_in_bf16_keeps_float32_weights_and_learns_about_the_same(tmp_path)
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05) and losses["bf16"] != losses["fp32"]
 
 
+def one_network() -> OneNetwork:
+    return OneNetwork(
+        tiny_unet, LoraShape(2), seed=1, device=CPU, dtype=torch.float32, autocast=lambda network: network
+    )
+
+
+def ask(network, w: Tensor | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    z, text = torch.randn(3, 4, 4, 4, generator=generator), torch.randn(3, 5, 16, generator=generator)
+    with torch.no_grad():
+        return network(z, torch.tensor([0, 500, 999]), {"text": text}, w)
+
+
+def disturbed(parameters: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: p.detach() + 0.1 * torch.randn(p.shape, generator=generator) for n, p in parameters.items()}
+
+
+def test_an_untrained_lora_student_is_the_teacher_bit_for_bit_at_any_guidance():
+    expected = ask(unet_network(tiny_unet()))
+    holder = one_network()
+    pair = holder.pair(None, teacher="pair")
+    for w in (None, torch.tensor([0.0, 3.0, 14.0])):
+        assert torch.equal(ask(pair.student, w), expected) and torch.equal(
+            ask(holder.untrained(), w), expected
+        )
+    assert torch.equal(ask(pair.teacher), expected)
+
+
+def test_one_network_is_the_teacher_an_earlier_student_and_the_student_in_turn():
+    holder, w = one_network(), torch.tensor([0.0, 3.0, 7.0])
+    first = disturbed(holder.pair(None, teacher="pair").trained, 1)
+    pair = holder.pair(first, teacher="previous")
+    earlier = ask(pair.student, w)
+    assert not torch.allclose(earlier, ask(holder.untrained(), w), atol=0.05)
+    assert torch.equal(ask(pair.teacher, w), earlier)
+    with torch.no_grad():
+        for name, value in disturbed(pair.trained, 2).items():
+            pair.trained[name].copy_(value)
+    assert torch.equal(ask(pair.teacher, w), earlier) and not torch.allclose(ask(pair.student, w), earlier)
+    again = holder.pair(first, teacher="pair")
+    assert torch.equal(ask(again.student, w), earlier)
+    assert torch.equal(ask(again.teacher), ask(unet_network(tiny_unet())))
+    assert all(parameter.requires_grad for parameter in again.trained.values())
+
+
+def test_a_lora_run_keeps_one_network_and_only_what_is_trained_in_states(tmp_path):
+    made = 0
+
+    def counted() -> UNet2DConditionModel:
+        nonlocal made
+        made += 1
+        return tiny_unet()
+
+    work, students = job(tmp_path, new_unet=counted)
+    train(work, dataclasses.replace(LORA, state_minutes=0), device=CPU)
+    assert made == 1 and list(students) == ["guided", "fold-1"]
+    student = students["fold-1"]
+    weights = {name for name in student if ".lora_" not in name}
+    assert weights == {
+        f"time_embedding.{n}" for n in ("cond_proj.weight", "linear_1.weight", "linear_1.bias")
+    }
+    assert all(bool(value.any()) for name, value in student.items() if "lora_B" in name)
+    frozen = smooth_features() == 0
+    assert not student["time_embedding.cond_proj.weight"][:, frozen].any()
+    whole = sum(parameter.numel() for parameter in tiny_unet().parameters())
+    state = torch.load(tmp_path / "state" / "phase-1.pt", weights_only=True)
+    assert equal(state, student) and sum(value.numel() for value in state.values()) < whole / 3
+
+
+def test_a_lora_run_in_bf16_trains_float32_and_starts_as_its_teacher(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    asked: list[bool] = []
+
+    def compared(loss):
+        def call(*, student, teacher, batch, generator):
+            sigma = SCHEDULE.sigma(torch.full((len(batch.x0),), 500)).float()
+            with torch.no_grad():
+                answers = [d.velocity(batch.x0, sigma, cond=batch.cond) for d in (student, teacher)]
+            asked.append(torch.equal(*answers))
+            return loss(student=student, teacher=teacher, batch=batch, generator=generator)
+
+        return call
+
+    work, students = job(tmp_path)
+    watched = [dataclasses.replace(phase, loss=compared(phase.loss)) for phase in work.phases]
+    settings = dataclasses.replace(LORA, precision="bf16")
+    train(dataclasses.replace(work, phases=watched), settings, device=CPU)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert asked[0] and not asked[-1]
+    assert {value.dtype for value in students["fold-1"].values()} == {torch.float32}
+
+
 class Killed(Exception):
     pass
 
 
 @pytest.mark.parametrize("at", range(7))
-def test_a_run_stopped_anywhere_and_resumed_gives_the_same_bytes(tmp_path, at):
+@EITHER
+def test_a_run_stopped_anywhere_and_resumed_gives_the_same_bytes(tmp_path, at, settings):
     work, whole = job(tmp_path / "whole")
-    train(work, SETTINGS, device=CPU)
+    train(work, settings, device=CPU)
 
     stops = 0
 
@@ -157,15 +255,16 @@ def test_a_run_stopped_anywhere_and_resumed_gives_the_same_bytes(tmp_path, at):
     work, resumed = job(tmp_path / "stopped")
     stopping = [dataclasses.replace(phase, loss=interrupting(phase.loss)) for phase in work.phases]
     with pytest.raises(Interrupted):
-        train(dataclasses.replace(work, phases=stopping), SETTINGS, device=CPU)
-    train(work, SETTINGS, device=CPU)
+        train(dataclasses.replace(work, phases=stopping), settings, device=CPU)
+    train(work, settings, device=CPU)
     assert equal(resumed["fold-1"], whole["fold-1"])
 
 
 @pytest.mark.parametrize("at", [0, 3, 5])
-def test_a_run_killed_without_warning_goes_on_from_its_last_state(tmp_path, at):
+@EITHER
+def test_a_run_killed_without_warning_goes_on_from_its_last_state(tmp_path, at, settings):
     work, whole = job(tmp_path / "whole")
-    train(work, SETTINGS, device=CPU)
+    train(work, settings, device=CPU)
 
     calls = 0
 
@@ -184,10 +283,10 @@ def test_a_run_killed_without_warning_goes_on_from_its_last_state(tmp_path, at):
     with pytest.raises(Killed):
         train(
             dataclasses.replace(work, phases=dying),
-            dataclasses.replace(SETTINGS, state_minutes=0),
+            dataclasses.replace(settings, state_minutes=0),
             device=CPU,
         )
-    train(work, SETTINGS, device=CPU)
+    train(work, settings, device=CPU)
     assert equal(resumed["fold-1"], whole["fold-1"])
     lines = [json.loads(line) for line in (tmp_path / "killed" / "run.jsonl").read_text().splitlines()]
     assert [(line["phase"], line["update"]) for line in lines] == [("guided", 4), ("fold-1", 3)]
@@ -216,18 +315,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_pa
     assert list(students) == ["guided", "fold-1"]
 
 
-def test_samples_are_looked_at_with_the_averaged_weights_and_training_goes_on_unchanged(tmp_path):
+@EITHER
+def test_samples_are_looked_at_with_the_averaged_weights_and_training_goes_on_unchanged(tmp_path, settings):
     work, undisturbed = job(tmp_path / "a")
-    train(work, SETTINGS, device=CPU)
+    train(work, settings, device=CPU)
     names: list[str] = []
     work, looked = job(tmp_path / "b", look=lambda name, student, phase: names.append(name))
-    train(work, dataclasses.replace(SETTINGS, sample_minutes=0), device=CPU)
+    train(work, dataclasses.replace(settings, sample_minutes=0), device=CPU)
     assert names[0] == "start" and names[-1] == "fold-1" and "guided-000002" in names
     assert equal(looked["fold-1"], undisturbed["fold-1"])
 
 
-def test_without_an_average_the_trained_weights_are_the_student_also_when_resumed(tmp_path):
-    settings = dataclasses.replace(SETTINGS, ema=0.0, updates=(3,), state_minutes=0)
+@EITHER
+def test_without_an_average_the_trained_weights_are_the_student_also_when_resumed(tmp_path, settings):
+    settings = dataclasses.replace(settings, ema=0.0, updates=(3,), state_minutes=0)
     work, whole = job(tmp_path / "whole")
     work = dataclasses.replace(work, phases=work.phases[:1])
     train(work, settings, device=CPU)

@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch import Tensor
+from torch.nn import Parameter
 from tqdm import tqdm
 
 from ..diffusion.denoiser import Cond, Network, NetworkDenoiser
@@ -33,19 +34,17 @@ from ..diffusion.method import Phase
 from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import NoiseSchedule
 from ..runtime.files import atomic_path
-from .networks import DTYPES, denoiser, place, unet_network
+from .adapters import COND_PROJ, Holder, LoraShape, OneNetwork, TwoNetworks
+from .networks import DTYPES
 from .samples import GuidanceRange, Samples, derived_seed, draw_batch
 
 log = logging.getLogger("fewstep")
 
-CHECKPOINT_GRADIENTS_ABOVE = 200_000_000
-"""Networks of more parameters recompute activations in the backward pass."""
-
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """The resolved numbers of a run; ``updates`` one a phase, ``state_minutes`` and ``sample_minutes``
-    wall-clock.
+    """The resolved numbers of a run; ``updates`` one a phase, ``lora`` None to train every weight,
+    ``state_minutes`` and ``sample_minutes`` wall-clock.
     """
 
     updates: tuple[int, ...]
@@ -59,6 +58,7 @@ class LoopSettings:
     precision: str
     guidance: GuidanceRange
     trajectory_share: float
+    lora: LoraShape | None = None
     state_minutes: float = 5.0
     sample_minutes: float = 5.0
 
@@ -68,8 +68,8 @@ class Job:
     """What the loop works on, and whom it tells.
 
     ``new_unet()`` gives the teacher's network with a zero-initialised guidance input, in float32.
-    ``finished`` writes a phase's student from its averaged weights; ``look`` is shown the current student for
-    sample pictures.
+    ``finished`` writes a phase's student from its averaged weights, of a LoRA those alone that were trained;
+    ``look`` is shown the current student for sample pictures.
     """
 
     phases: Sequence[Phase]
@@ -108,14 +108,16 @@ def train(job: Job, settings: LoopSettings, *, device: torch.device) -> None:
     progress = Progress(saved["phase"], saved["update"]) if saved else Progress()
     cut_back(job.out / "run.jsonl", progress)
     done = sum(settings.updates[: progress.phase]) + progress.update
+    holder = _holder(job, settings, accelerator, device)
     with (
         tqdm(total=sum(settings.updates), initial=done, unit="update", dynamic_ncols=True) as bar,
         stop_requests() as stop,
     ):
         if saved is None:
-            _look_at_start(job, device)
+            start = NetworkDenoiser(holder.untrained(), job.schedule, job.teacher_prediction)
+            job.look("start", start, job.phases[0])
         for index in range(progress.phase, len(job.phases)):
-            trainer = PhaseTrainer(job, settings, index, accelerator, device)
+            trainer = PhaseTrainer(job, settings, index, holder, accelerator, device)
             if saved is not None and "student" in saved:
                 trainer.restore(saved)
             saved = None
@@ -129,20 +131,30 @@ def train(job: Job, settings: LoopSettings, *, device: torch.device) -> None:
             del trainer
 
 
-def _look_at_start(job: Job, device: torch.device) -> None:
-    unet = place(job.new_unet(), device).eval()
-    student = denoiser(unet, schedule=job.schedule, prediction_type=job.teacher_prediction)
-    job.look("start", student, job.phases[0])
+def _holder(job: Job, settings: LoopSettings, accelerator: Accelerator, device: torch.device) -> Holder:
+    def in_precision(network: Network) -> Network:
+        return autocast(network, accelerator)
+
+    dtype = DTYPES[settings.precision]
+    if settings.lora is None:
+        return TwoNetworks(job.new_unet, device, dtype, in_precision)
+    seed = derived_seed(settings.seed, settings.lora.rank)
+    return OneNetwork(
+        job.new_unet, settings.lora, seed=seed, device=device, dtype=dtype, autocast=in_precision
+    )
 
 
 class PhaseTrainer:
-    """One phase: student, its average, optimiser and frozen teacher. Holds three sets of weights at most."""
+    """One phase: student, its average, optimiser and frozen teacher. Of what is trained it holds three sets
+    of weights at most.
+    """
 
     def __init__(
         self,
         job: Job,
         settings: LoopSettings,
         index: int,
+        holder: Holder,
         accelerator: Accelerator,
         device: torch.device,
     ) -> None:
@@ -151,33 +163,20 @@ class PhaseTrainer:
         self.update = 0
         self.state_path = job.out / "state" / "latest.pt"
         previous = load_state(job.out / "state" / f"phase-{index - 1}.pt")
-        self.teacher = self._frozen_teacher(previous)
-        self.unet = job.new_unet()
-        if previous is not None:
-            self.unet.load_state_dict(previous)
-        self.unet = place(self.unet, device).train()
-        if sum(p.numel() for p in self.unet.parameters()) > CHECKPOINT_GRADIENTS_ABOVE:
-            self.unet.enable_gradient_checkpointing()
-        freeze_fast_features(self.unet, device)
-        self.average = {name: value.detach() for name, value in self.unet.state_dict().items()}
+        pair = holder.pair(previous, teacher=self.phase.teacher)
+        prediction = job.teacher_prediction
+        if self.phase.teacher == "previous" and previous is not None:
+            prediction = job.phases[index - 1].prediction_type
+        self.teacher = NetworkDenoiser(pair.teacher, job.schedule, prediction)
+        self.student = NetworkDenoiser(pair.student, job.schedule, self.phase.prediction_type)
+        self.trained = pair.trained
+        freeze_fast_features(self.trained[COND_PROJ])
+        self.average = {name: value.detach() for name, value in self.trained.items()}
         if settings.ema:
             self.average = {name: value.clone() for name, value in self.average.items()}
         self.optimizer = torch.optim.AdamW(
-            self.unet.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0
+            self.trained.values(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0
         )
-        self.student = NetworkDenoiser(
-            autocast(unet_network(self.unet), accelerator), job.schedule, self.phase.prediction_type
-        )
-
-    def _frozen_teacher(self, previous: dict[str, Tensor] | None) -> NetworkDenoiser:
-        """The original teacher, or the previous student read in the previous phase's prediction type."""
-        teacher = self.job.new_unet()
-        prediction = self.job.teacher_prediction
-        if self.phase.teacher == "previous" and previous is not None:
-            teacher.load_state_dict(previous)
-            prediction = self.job.phases[self.index - 1].prediction_type
-        teacher = place(teacher, self.device, DTYPES[self.settings.precision]).eval().requires_grad_(False)
-        return denoiser(teacher, schedule=self.job.schedule, prediction_type=prediction)
 
     def run(self, bar: tqdm[Any], stop: StopFlag) -> None:
         """Updates to the end of the phase, saving the state and looking at samples by the clock."""
@@ -233,7 +232,7 @@ class PhaseTrainer:
             self.accelerator.backward(loss)
             total += float(loss.detach())
         self._require_finite(total)
-        self.accelerator.clip_grad_norm_(self.unet.parameters(), settings.clip)
+        self.accelerator.clip_grad_norm_(self.trained.values(), settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.update += 1
@@ -254,22 +253,20 @@ class PhaseTrainer:
         if not self.settings.ema:
             return
         decay = min(self.settings.ema, (1 + self.update) / (10 + self.update))
-        for name, value in self.unet.state_dict().items():
+        for name, value in self.trained.items():
             self.average[name].lerp_(value, 1 - decay)
 
     @torch.no_grad()
     def look(self, name: str) -> None:
         """Show the averaged student: its weights change places with the trained ones, so no copy is held."""
         self._swap()
-        self.unet.eval()
         self.job.look(name, self.student, self.phase)
-        self.unet.train()
         self._swap()
 
     def _swap(self) -> None:
         if not self.settings.ema:
             return
-        for name, parameter in self.unet.named_parameters():
+        for name, parameter in self.trained.items():
             parameter.data, self.average[name] = self.average[name], parameter.data
 
     def write_line(self, bar: tqdm[Any], loss: float, lr: float, seconds: float) -> None:
@@ -291,7 +288,7 @@ class PhaseTrainer:
         return {
             "phase": self.index,
             "update": self.update,
-            "student": self.unet.state_dict(),
+            "student": {name: value.detach() for name, value in self.trained.items()},
             "average": self.average if self.settings.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
@@ -300,7 +297,9 @@ class PhaseTrainer:
     def restore(self, saved: dict[str, Any]) -> None:
         """Take up a state of this phase."""
         self.update = saved["update"]
-        self.unet.load_state_dict(saved["student"])
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(saved["student"][name])
         if self.settings.ema:
             self.average = {name: value.to(self.device) for name, value in saved["average"].items()}
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -318,14 +317,14 @@ def autocast(network: Network, accelerator: Accelerator) -> Network:
     return call
 
 
-def freeze_fast_features(unet: UNet2DConditionModel, device: torch.device) -> None:
+def freeze_fast_features(cond_proj: Parameter) -> None:
     """Keep the projection's columns of fast features of w at zero (see ``smooth_features``)."""
-    mask = smooth_features().to(device)
+    mask = smooth_features().to(cond_proj.device)
 
     def hook(gradient: Tensor) -> Tensor:
         return gradient * mask
 
-    unet.get_parameter("time_embedding.cond_proj.weight").register_hook(hook)
+    cond_proj.register_hook(hook)
 
 
 def data_order(samples: int, batch: int, update: int, *, seed: int) -> Tensor:

@@ -20,7 +20,8 @@ from torch import Tensor
 from ..diffusion.denoiser import Cond
 from ..diffusion.errors import BadInput
 from ..diffusion.method import Phase
-from .loop import CHECKPOINT_GRADIENTS_ABOVE, LoopSettings
+from .adapters import CHECKPOINT_GRADIENTS_ABOVE
+from .loop import LoopSettings
 from .networks import DTYPES, place, unet_network
 
 GIB = 1024**3

@@ -1,0 +1,205 @@
+"""Student and teacher side by side, in one of two ways: two networks, or two adapters on one.
+
+``TwoNetworks`` trains every weight of a copy. ``OneNetwork`` holds the teacher's weights once, frozen, and a
+student as a low-rank update of them (Hu et al. 2021, by peft): the teacher is the network with its adapters
+off, an earlier student a second adapter. Low-rank updates carry no bias and so cannot carry the dial: the
+guidance input and the layer behind it are trained whole beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..diffusion.denoiser import Cond, Network
+from .networks import place, unet_network
+
+State: TypeAlias = Mapping[str, Tensor]
+
+COND_PROJ = "time_embedding.cond_proj.weight"
+CHECKPOINT_GRADIENTS_ABOVE = 200_000_000
+"""Networks of more parameters recompute activations in the backward pass."""
+
+LINEAR_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("time_emb_proj",),
+)
+CONV_TARGETS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+WHOLE = ("time_embedding.cond_proj", "time_embedding.linear_1")
+"""Trained in full: a host's LoRA file carries ``linear_1`` as a difference, where the baked guidance goes."""
+
+_STUDENT, _PREVIOUS = "student", "previous"
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """Which layers are updated, and by how much at most; ``alpha`` is the rank, so that the update is B A."""
+
+    rank: int
+    targets: tuple[str, ...] = LINEAR_TARGETS + CONV_TARGETS
+
+    def matches(self, module: str) -> bool:
+        return any(module == target or module.endswith("." + target) for target in self.targets)
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One phase's networks; ``trained``: the student's parameters by the names that its states have."""
+
+    student: Network
+    teacher: Network
+    trained: dict[str, Parameter]
+
+
+class Holder(Protocol):
+    """Where a run's networks live."""
+
+    def untrained(self) -> Network:
+        """The student before any training: it answers as the teacher does."""
+        ...
+
+    def pair(self, previous: State | None, *, teacher: Literal["pair", "previous"]) -> Pair:
+        """A student that starts from ``previous``, or from the teacher, and whom it imitates.
+
+        The pair of an earlier call must not be used any more.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TwoNetworks:
+    """``dtype``: the teacher's; the student is in float32 and computes in what ``autocast`` says."""
+
+    new_unet: Callable[[], UNet2DConditionModel]
+    device: torch.device
+    dtype: torch.dtype
+    autocast: Callable[[Network], Network]
+
+    def untrained(self) -> Network:
+        return unet_network(place(self.new_unet(), self.device).eval())
+
+    def pair(self, previous: State | None, *, teacher: Literal["pair", "previous"]) -> Pair:
+        frozen, student = self.new_unet(), self.new_unet()
+        if previous is not None:
+            student.load_state_dict(previous)
+            if teacher == "previous":
+                frozen.load_state_dict(previous)
+        frozen = place(frozen, self.device, self.dtype).eval().requires_grad_(False)
+        student = recomputing(place(student, self.device).train())
+        return Pair(
+            student=self.autocast(unet_network(student)),
+            teacher=unet_network(frozen),
+            trained=dict(student.named_parameters()),
+        )
+
+
+class OneNetwork:
+    """The teacher's weights in ``dtype``, and low-rank students on them in float32."""
+
+    def __init__(
+        self,
+        new_unet: Callable[[], UNet2DConditionModel],
+        shape: LoraShape,
+        *,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        autocast: Callable[[Network], Network],
+    ) -> None:
+        from peft import LoraConfig, PeftModel
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import ModulesToSaveWrapper
+
+        unet = new_unet().requires_grad_(False)
+        for name, part in unet.named_children():
+            place(part, device, torch.float32 if name == "time_embedding" else dtype)
+        self._config = LoraConfig(
+            r=shape.rank,
+            lora_alpha=shape.rank,
+            target_modules=list(shape.targets),
+            modules_to_save=list(WHOLE),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._model: Any = PeftModel(unet, self._config, adapter_name=_STUDENT)
+        recomputing(unet.train())
+        self._layers: list[Any] = []
+        self._kinds = (BaseTunerLayer, ModulesToSaveWrapper)
+        self._network = autocast(unet_network(unet))
+        self._settle()
+        self._first = {name: value.detach().clone() for name, value in self._parameters(_STUDENT).items()}
+
+    def untrained(self) -> Network:
+        return self._with(None)
+
+    def pair(self, previous: State | None, *, teacher: Literal["pair", "previous"]) -> Pair:
+        self._load(_STUDENT, self._first if previous is None else previous)
+        imitated = None
+        if teacher == "previous" and previous is not None:
+            imitated = _PREVIOUS
+            if _PREVIOUS not in self._model.peft_config:
+                self._model.add_adapter(_PREVIOUS, self._config)
+                self._settle()
+            self._load(_PREVIOUS, previous)
+        return Pair(student=self._network, teacher=self._with(imitated), trained=self._parameters(_STUDENT))
+
+    def _settle(self) -> None:
+        """After an adapter was added: its weights in float32 where the network is, the student's the active
+        one.
+        """
+        self._layers = [module for module in self._model.modules() if isinstance(module, self._kinds)]
+        for name, parameter in self._model.named_parameters():
+            if f".{_STUDENT}." in name or f".{_PREVIOUS}." in name:
+                parameter.data = parameter.data.float()
+        for layer in self._layers:
+            layer.set_adapter(_STUDENT)
+
+    def _parameters(self, adapter: str) -> dict[str, Parameter]:
+        """An adapter's parameters, as ``MODULE.lora_A.weight`` or as the network itself calls them."""
+        prefix = "base_model.model."
+        return {
+            name.removeprefix(prefix).replace(".modules_to_save", "").replace(f".{adapter}.", "."): parameter
+            for name, parameter in self._model.named_parameters()
+            if f".{adapter}." in name
+        }
+
+    @torch.no_grad()
+    def _load(self, adapter: str, state: State) -> None:
+        parameters = self._parameters(adapter)
+        if parameters.keys() != state.keys():
+            raise ValueError("this state is of another rank or of other layers")
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+    def _with(self, adapter: str | None) -> Network:
+        """The network with another adapter than the student's, or with none."""
+
+        def call(z: Tensor, timestep: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+            with self._switched(adapter):
+                return self._network(z, timestep, cond, w)
+
+        return call
+
+    @contextmanager
+    def _switched(self, adapter: str | None) -> Generator[None]:
+        for layer in self._layers:
+            layer.enable_adapters(False) if adapter is None else layer.set_adapter(adapter)
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.enable_adapters(True) if adapter is None else layer.set_adapter(_STUDENT)
+
+
+def recomputing(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The network, told to recompute activations in the backward pass if it is a large one."""
+    if sum(p.numel() for p in unet.parameters()) > CHECKPOINT_GRADIENTS_ABOVE:
+        unet.enable_gradient_checkpointing()
+    return unet
