@@ -23,7 +23,7 @@ from .demo import TEACHER, TOKENIZER
 from .demo.drawings import draw
 from .demo.drawings import prompts as demo_prompts
 from .demo.judge import load_judge
-from .diffusion.denoiser import Cond, NetworkDenoiser
+from .diffusion.denoiser import Cond, Network, NetworkDenoiser
 from .diffusion.errors import BadInput
 from .diffusion.method import Phase, Setting
 from .diffusion.spec import StudentSpec
@@ -35,6 +35,7 @@ from .evaluation.showcase import Showcase, showcase
 from .methods import find_methods, options_of
 from .opening import open_for_people
 from .runtime.files import atomic_path
+from .training.adapters import LoraShape, OneNetwork, recomputing
 from .training.checkpoint import Checkpoint, save_student
 from .training.families import Override, size_ids
 from .training.loop import Job, LoopSettings, train
@@ -46,8 +47,9 @@ from .training.networks import (
     load_encoders,
     place,
     random_cond,
+    unet_network,
 )
-from .training.plan import Plan, make_plan, measure
+from .training.plan import Plan, free_memory, make_plan, measure, size, weights_bytes
 from .training.prompts import built_in_prompts, read_prompts
 from .training.samples import (
     GuidanceRange,
@@ -60,6 +62,7 @@ from .training.samples import (
     trajectory_steps,
 )
 from .training.settings import SMALL_PARAMETERS, Settings, phase_updates, resolve
+from .training.student_lora import lora_path, save_lora_student
 
 log = logging.getLogger("fewstep")
 
@@ -113,17 +116,21 @@ def settle(
     """All settings with their reasons, checked."""
     small = teacher.checkpoint.unet_parameters < SMALL_PARAMETERS
     demo = teacher.demo
-    resolved = resolve(given, config, parameters=teacher.checkpoint.unet_parameters, demo=demo)
+    device, precision = _device({**config, **given}), _precision({**config, **given}, small=small)
+    chosen = _choose_student({**config, **given}, teacher, device=device, precision=precision)
+    resolved = resolve(
+        given, config, parameters=teacher.checkpoint.unet_parameters, demo=demo, student=chosen.student
+    )
     values, reasons = dict(resolved.values), dict(resolved.reasons)
 
     def default(name: str, value: Any, reason: str) -> None:
         if values.get(name) is None:
             values[name], reasons[name] = value, reason
 
-    default("device", "cuda" if torch.cuda.is_available() else "cpu", "what this machine has")
-    on_gpu = not values["device"].startswith("cpu")
-    default("precision", "bf16" if on_gpu and not small else "fp32", "the device and the network's size")
-    slow = not small and not on_gpu
+    default("device", device, "what this machine has")
+    default("precision", precision, "the device and the network's size")
+    default("student", chosen.student, chosen.reason)
+    slow = not small and device.startswith("cpu")
     default("report_prompts", 0 if slow else 6, "the device and the network's size")
     default("resolution", "{}x{}".format(*teacher.checkpoint.resolution), "the teacher's own")
     name = "demo" if demo else teacher.checkpoint.name
@@ -133,6 +140,7 @@ def settle(
         "checkpoint, method and steps",
     )
     for optional in (
+        "rank",
         "ckpt",
         "data",
         "prompts",
@@ -147,6 +155,9 @@ def settle(
     options: dict[str, Any] = {
         o.name: values.pop(o.name, o.default) for o in options_of(find_methods()[values["method"]])
     }
+    if chosen.student == "lora" and "velocity_at" in options and "velocity_at" not in reasons:
+        options["velocity_at"] = 0
+        reasons["velocity_at"] = "a LoRA keeps its teacher's prediction: stock hosts cannot be told another"
     names = {f.name for f in dataclasses.fields(Settings)}
     if foreign := sorted((set(given) | set(config)) - names - set(options)):
         raise BadInput(f"{', '.join(foreign)}: not an option of method {values['method']}; leave it out")
@@ -160,9 +171,50 @@ def settle(
     return dataclasses.replace(settings, updates=updates), reasons
 
 
+@dataclass(frozen=True)
+class Chosen:
+    student: str
+    reason: str
+
+
+def _device(asked: Mapping[str, Any]) -> str:
+    return asked.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _precision(asked: Mapping[str, Any], *, small: bool) -> str:
+    on_gpu = not _device(asked).startswith("cpu")
+    return asked.get("precision") or ("bf16" if on_gpu and not small else "fp32")
+
+
+def _choose_student(asked: Mapping[str, Any], teacher: Teacher, *, device: str, precision: str) -> Chosen:
+    """Every weight where the memory allows it, else a LoRA; a rank asks for a LoRA."""
+    if asked.get("student"):
+        return Chosen(asked["student"], "you")
+    if asked.get("rank"):
+        return Chosen("lora", "--rank")
+    count = teacher.checkpoint.unet_parameters
+    need = round(1.15 * weights_bytes(count, count, precision=precision, ema=asked.get("ema", 0.999)))
+    free = free_memory(usable(device))
+    why = f"training every weight takes about {size(need)}, and {size(free)} are free"
+    return Chosen("full" if need <= free else "lora", why)
+
+
+def usable(device: str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError):
+        raise BadInput(f"--device {device}: this machine's torch cannot use it; try --device cpu") from None
+
+
 def _check(settings: Settings, teacher: Teacher) -> None:
     """BadInput for settings that cannot be run."""
     low, high = settings.guidance
+    if settings.student not in ("full", "lora"):
+        raise BadInput(f"--student {settings.student}: expected full or lora")
+    if settings.rank is not None and settings.student == "full":
+        raise BadInput(f"--rank {settings.rank} is of a LoRA; leave it out, or add --student lora")
+    if settings.rank is not None and not 1 <= settings.rank <= 1024:
+        raise BadInput(f"--rank {settings.rank}: expected 1 to 1024")
     if not 1 <= low <= high < float("inf"):
         raise BadInput(
             f"--guidance {low:g} {high:g}: expected 1 <= LO <= HI (1 is unguided), such as --guidance 1 15"
@@ -185,12 +237,7 @@ def _check(settings: Settings, teacher: Teacher) -> None:
     for name in ("ema", "trajectory_share"):
         if not 0 <= getattr(settings, name) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 0 to 1")
-    try:
-        torch.empty(0, device=settings.device)
-    except (RuntimeError, AssertionError):
-        raise BadInput(
-            f"--device {settings.device}: this machine's torch cannot use it; try --device cpu"
-        ) from None
+    usable(settings.device)
 
 
 def phases_of(settings: Settings, checkpoint: Checkpoint) -> tuple[Phase, ...]:
@@ -212,6 +259,7 @@ def _loop_settings(settings: Settings) -> LoopSettings:
         precision=settings.precision,
         guidance=GuidanceRange(*settings.guidance),
         trajectory_share=settings.trajectory_share,
+        lora=None if settings.rank is None else LoraShape(settings.rank),
     )
 
 
@@ -258,16 +306,21 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
     """Measure the network briefly and add up what the run will cost."""
     request = _request(settings, phases, teacher)
     _require_parts(teacher.checkpoint)
-    unet = teacher.checkpoint.unet(conditioned=True)
+    device = torch.device(settings.device)
+    free = free_memory(device)
+    student, trained, parameters = _measurable(settings, teacher.checkpoint, device)
     batch = min(settings.micro_batch, settings.batch_size)
     costs = measure(
-        unet,
+        student,
+        trained=trained,
+        parameters=parameters,
         latent=_latent_shape(settings, teacher),
         cond=random_cond(teacher.checkpoint, batch, generator=torch.Generator().manual_seed(0)),
         batch=batch,
-        device=torch.device(settings.device),
+        device=device,
         precision=settings.precision,
     )
+    del student, trained, parameters
     folder = request.folder(Path(settings.cache_dir))
     return make_plan(
         phases,
@@ -276,11 +329,13 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
         on_trajectory=isinstance(request, TeacherSampleRequest),
         sample_evaluations=request.evaluations if not folder.exists() else 0,
         sample_bytes=request.bytes(_latent_shape(settings, teacher)),
-        student_bytes=teacher.checkpoint.unet_parameters * DTYPES[settings.dtype].itemsize
+        student_bytes=(teacher.checkpoint.unet_parameters + (costs.trained if settings.rank else 0))
+        * DTYPES[settings.dtype].itemsize
         + sum(t.nbytes for t in teacher.checkpoint.carried().values()),
+        free_bytes=free,
         files=[
-            "student.safetensors",
-            *(f"students/{len(phase.grid)}.safetensors" for phase in phases),
+            *_both("student", settings),
+            *(name for phase in phases for name in _both(f"students/{len(phase.grid)}", settings)),
             "report.html",
             "samples/*.png",
             "run.jsonl",
@@ -288,6 +343,31 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
             "state/",
         ],
     )
+
+
+def _measurable(
+    settings: Settings, checkpoint: Checkpoint, device: torch.device
+) -> tuple[Network, list[Tensor], list[Tensor]]:
+    """A student as the run will train it, what of it is trained, and all its weights."""
+    if settings.rank is None:
+        unet = recomputing(place(checkpoint.unet(conditioned=True), device).train())
+        return unet_network(unet), list(unet.parameters()), list(unet.parameters())
+    holder = OneNetwork(
+        lambda: checkpoint.unet(conditioned=True),
+        LoraShape(settings.rank),
+        seed=0,
+        device=device,
+        dtype=DTYPES[settings.precision],
+        autocast=lambda network: network,
+    )
+    pair = holder.pair(None, teacher="pair")
+    return pair.student, list(pair.trained.values()), list(holder.frozen())
+
+
+def _both(name: str, settings: Settings) -> list[str]:
+    """A student's file, and its LoRA's where it is one."""
+    merged = Path(f"{name}.safetensors")
+    return [merged.as_posix()] + ([lora_path(merged).as_posix()] if settings.student == "lora" else [])
 
 
 def _require_parts(checkpoint: Checkpoint) -> None:
@@ -346,6 +426,7 @@ def _spec(settings: Settings, checkpoint: Checkpoint, phase: Phase) -> StudentSp
         guidance_max=high,
         guidance_default=settings.guidance_default,
         negative=settings.negative,
+        lora_rank=settings.rank,
         toolkit=__version__,
     )
 
@@ -358,10 +439,16 @@ def run_all(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> di
     def finished(phase: Phase, state: dict[str, Tensor]) -> None:
         spec = _spec(settings, checkpoint, phase)
         path = out / "students" / f"{len(phase.grid)}.safetensors"
-        save_student(path, unet_state=state, spec=spec, source=checkpoint, dtype=DTYPES[settings.dtype])
+        dtype = DTYPES[settings.dtype]
+        if settings.student == "lora":
+            save_lora_student(path, state, spec=spec, source=checkpoint, dtype=dtype)
+        else:
+            save_student(path, unet_state=state, spec=spec, source=checkpoint, dtype=dtype)
         if phase is phases[-1]:
-            with atomic_path(out / "student.safetensors") as temporary:
-                shutil.copyfile(path, temporary)
+            student = out / "student.safetensors"
+            _copy(path, student)
+            if settings.student == "lora":
+                _copy(lora_path(path), lora_path(student))
 
     job = Job(
         phases=phases,
@@ -426,6 +513,9 @@ def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> st
         "student": f"{settings.steps} evaluation{plural} a picture, predicts {phases[-1].prediction_type}",
         "guidance": f"{low:g} to {high:g}, {settings.guidance_default:g} by default",
         "method": f"{settings.method}: " + ", ".join(f"{k} {v}" for k, v in settings.method_config.items()),
+        "trained": "every weight"
+        if settings.rank is None
+        else f"a LoRA of rank {settings.rank}, and the guidance input",
         "data": "a folder of pictures"
         if settings.data
         else f"{settings.pictures} pictures of the teacher's own",
@@ -487,6 +577,11 @@ def _yardstick(seed: int) -> Yardstick:
     pictures, _ = draw(4 * DEMO_SAMPLES, seed=seed)
     with torch.no_grad():
         return Yardstick(judge, judge.features(pictures))
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def _path(text: str | None) -> Path | None:

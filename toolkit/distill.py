@@ -105,6 +105,12 @@ def _parse() -> argparse.Namespace:
     add("--method", help=f"{', '.join(methods)} (default: progressive)")
     add("--steps", type=int, metavar="N", help="evaluations of the finished student (default: 4)")
     add(
+        "--student",
+        choices=["full", "lora"],
+        help="train every weight, or a LoRA on the teacher (default: what fits the free memory)",
+    )
+    add("--rank", type=int, metavar="R", help="of the LoRA, at most; a rank alone means --student lora")
+    add(
         "--guidance",
         type=float,
         nargs=2,

@@ -8,7 +8,7 @@ guidance input and the layer behind it are trained whole beside them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
@@ -149,6 +149,10 @@ class OneNetwork:
                 self._settle()
             self._load(_PREVIOUS, previous)
         return Pair(student=self._network, teacher=self._with(imitated), trained=self._parameters(_STUDENT))
+
+    def frozen(self) -> Iterator[Parameter]:
+        """The teacher's weights."""
+        return (p for name, p in self._model.named_parameters() if f".{_STUDENT}." not in name)
 
     def _settle(self) -> None:
         """After an adapter was added: its weights in float32 where the network is, the student's the active

@@ -13,16 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from ..diffusion.denoiser import Cond
+from ..diffusion.denoiser import Cond, Network
 from ..diffusion.errors import BadInput
 from ..diffusion.method import Phase
-from .adapters import CHECKPOINT_GRADIENTS_ABOVE
 from .loop import LoopSettings
-from .networks import DTYPES, place, unet_network
+from .networks import DTYPES
 
 GIB = 1024**3
 
@@ -30,10 +29,11 @@ GIB = 1024**3
 @dataclass(frozen=True)
 class Costs:
     """Measured: seconds a picture of one evaluation and of one training step, and bytes kept for the backward
-    pass.
+    pass. The network has ``parameters``, and ``trained`` are trained, of it or beside it.
     """
 
     parameters: int
+    trained: int
     evaluation_seconds: float
     training_seconds: float
     activation_bytes: int
@@ -55,6 +55,7 @@ class Plan:
     sample_evaluations: int
     sample_seconds: float
     memory_bytes: int
+    free_bytes: int
     disk: dict[str, int]
     files: tuple[str, ...]
 
@@ -84,10 +85,13 @@ class Plan:
             for name, updates, count, seconds in rows
         ]
         disk = ", ".join(f"{name} {size(count)}" for name, count in self.disk.items())
+        memory = f"memory: about {size(self.memory_bytes)}, of {size(self.free_bytes)} free"
+        if self.memory_bytes > self.free_bytes:
+            memory += "; that is not enough: try --student lora, a smaller --micro-batch or --resolution"
         return "\n".join(
             [
                 *lines,
-                f"memory: about {size(self.memory_bytes)}",
+                memory,
                 f"disk: {disk}",
                 "files: " + ", ".join(self.files),
             ]
@@ -95,16 +99,21 @@ class Plan:
 
 
 def measure(
-    unet: UNet2DConditionModel,
+    student: Network,
     *,
+    trained: Sequence[Tensor],
+    parameters: Sequence[Tensor],
     latent: tuple[int, int, int],
     cond: Cond,
     batch: int,
     device: torch.device,
     precision: str,
 ) -> Costs:
-    """Time the network at its real shapes (``cond``: ``batch`` rows), in the precision of the run; its
-    weights are left as they were."""
+    """Time a student at its real shapes (``cond``: ``batch`` rows), in the precision of the run; its weights
+    are left as they were.
+
+    ``trained`` of its ``parameters`` get gradients.
+    """
     generator = torch.Generator().manual_seed(0)
     inputs = (
         torch.randn((batch, *latent), generator=generator).to(device),
@@ -112,10 +121,6 @@ def measure(
         {name: value.to(device) for name, value in cond.items()},
         torch.zeros(batch, device=device),
     )
-    network = unet_network(place(unet, device))
-    checkpointed = sum(p.numel() for p in unet.parameters()) > CHECKPOINT_GRADIENTS_ABOVE
-    if checkpointed:
-        unet.train().enable_gradient_checkpointing()
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -124,19 +129,21 @@ def measure(
 
     def evaluate() -> None:
         with torch.no_grad():
-            network(*inputs)
+            student(*inputs)
 
     def step() -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = network(*inputs).float().square().mean()
+            loss = student(*inputs).float().square().mean()
         loss.backward()
-        unet.zero_grad(set_to_none=True)
+        for parameter in trained:
+            parameter.grad = None
 
     with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
         evaluation, training = _seconds(evaluate, device), _seconds(step, device)
-    weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in parameters}
     return Costs(
-        parameters=sum(p.numel() for p in unet.parameters()),
+        parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in trained),
         evaluation_seconds=evaluation / batch,
         training_seconds=training / batch,
         activation_bytes=sum(count for pointer, count in kept.items() if pointer not in weights),
@@ -166,6 +173,7 @@ def make_plan(
     sample_evaluations: int,
     sample_bytes: int,
     student_bytes: int,
+    free_bytes: int,
     files: Sequence[str],
 ) -> Plan:
     """``on_trajectory``: the data has trajectories; ``sample_evaluations``: what is still to do for the data;
@@ -192,21 +200,35 @@ def make_plan(
         phases=tuple(rows),
         sample_evaluations=sample_evaluations,
         sample_seconds=sample_evaluations * costs.evaluation_seconds,
-        memory_bytes=costs.parameters * _bytes_per_parameter(settings) + costs.activation_bytes,
+        memory_bytes=weights_bytes(
+            costs.parameters, costs.trained, precision=settings.precision, ema=settings.ema
+        )
+        + costs.activation_bytes,
+        free_bytes=free_bytes,
         disk={
             "samples": sample_bytes,
             "students": student_bytes * (len(phases) + 1),
-            "state": costs.parameters * 4 * (2 * 4 + 2),
+            "state": costs.trained * 4 * (2 * 4 + 2),
         },
         files=tuple(files),
     )
 
 
-def _bytes_per_parameter(settings: LoopSettings) -> int:
-    """Student, gradients and Adam's two moments in float32, the average, the teacher, autocast's copies."""
-    average = 4 if settings.ema else 0
-    teacher, copies = (4, 0) if settings.precision == "fp32" else (2, 2)
-    return 4 + 4 + 8 + average + teacher + copies
+def weights_bytes(parameters: int, trained: int, *, precision: str, ema: float) -> int:
+    """Held while training: the frozen network in the run's precision; of what is trained, in float32, the
+    values, gradients, Adam's two moments, the average, a LoRA's earlier student; and autocast's copies.
+    """
+    frozen = DTYPES[precision].itemsize
+    copies = 0 if precision == "fp32" else frozen
+    earlier = 4 if trained < parameters else 0
+    return parameters * frozen + trained * (4 + 4 + 8 + (4 if ema else 0) + earlier + copies)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a run on this device may still take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def require_disk(plan: Plan, *, out: Path, cache: Path) -> None:
