@@ -131,13 +131,11 @@ def _check(asked: argparse.Namespace) -> None:
 
 
 def _student_files(paths: Sequence[Path]) -> dict[str, Path]:
-    """Student files by a name that tells them apart; a folder of safetensors files stands for all of them."""
+    """Student files by a name that tells them apart; a folder stands for all of them, less their LoRAs."""
     files: list[Path] = []
     for path in paths:
-        inside = sorted(
-            path.glob("*.safetensors"), key=lambda file: (len(file.name), file.name), reverse=True
-        )
-        files += inside or [path]
+        inside = [file for file in path.glob("*.safetensors") if not file.stem.endswith("-lora")]
+        files += sorted(inside, key=lambda file: (len(file.name), file.name), reverse=True) or [path]
     named: dict[str, Path] = {}
     for file in files:
         name = file.name

@@ -19,7 +19,9 @@ log = logging.getLogger("fewstep")
 EXAMPLES = """forms:
   checkpoint  one file with the guidance dial, the VAE and the text encoder
   baked       a plain checkpoint with one guidance folded in, for any program; use cfg 1 there
-  lora        that guidance alone, as a patch for this student's own checkpoint (at strength 1) in hosts that
+  lora        of a student that was trained as a LoRA: that LoRA, for its teacher, with one guidance baked in
+              for stock loaders (student-lora.safetensors must stand beside the student). Of any other: that
+              guidance alone, as a patch for this student's own checkpoint (at strength 1) in hosts that
               ignore the dial; it is of no use on other checkpoints
   diffusers   a folder for StableDiffusionPipeline (or the XL one), whose guidance_scale is the dial
 

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from toolkit.diffusion.guidance import bias_shift
 from toolkit.diffusion.spec import StudentSpec
-from toolkit.runtime.files import load_tensors, save_tensors
-from toolkit.training.checkpoint import student_metadata, write_checkpoint
+from toolkit.runtime.files import load_tensors, read_spec, save_tensors
+from toolkit.training.adapters import LoraShape, OneNetwork
+from toolkit.training.checkpoint import open_checkpoint, student_metadata, write_checkpoint
 from toolkit.training.layout import COND_PROJ, UNET_PREFIX, unet_from_ldm, unet_to_ldm
+from toolkit.training.student_lora import lora_path, save_lora_student
 
 SIZE = (64, 64)
 """Pixels: latents of 8 x 8."""
@@ -129,6 +131,41 @@ class Models:
         }
         spec = make_spec(container="lora", baked_guidance=LORA_BAKED_GUIDANCE, lora_rank=4)
         return self.lora("student", tensors, student_metadata(spec, SIZE), spec)
+
+    @cached_property
+    def trained(self) -> Model:
+        """A student of ``teacher`` as a run with ``--student lora`` writes it, merged: every kind of layer
+        that such a run trains.
+        """
+        teacher = open_checkpoint(self.teacher.path)
+        holder = OneNetwork(
+            lambda: teacher.unet(conditioned=True),
+            LoraShape(rank=4),
+            seed=15,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            autocast=lambda network: network,
+        )
+        generator = torch.Generator().manual_seed(15)
+        scales = {"lora_A": 0.1, "lora_B": 0.1, "cond_proj": 1 / 16, "linear_1": 0.02}
+        state = {
+            name: value.detach()
+            + next(scale for part, scale in scales.items() if part in name)
+            * torch.randn(value.shape, generator=generator)
+            for name, value in holder.pair(None, teacher="pair").trained.items()
+        }
+        spec = make_spec(lora_rank=4, guidance_default=LORA_BAKED_GUIDANCE)
+        path = self.folder / "checkpoints" / "trained.safetensors"
+        save_lora_student(path, state, spec=spec, source=teacher, dtype=torch.float32)
+        return Model(path, spec)
+
+    @cached_property
+    def trained_lora(self) -> Model:
+        """The LoRA file of ``trained``, moved to where hosts look for LoRAs."""
+        made, path = lora_path(self.trained.path), self.folder / "loras" / "trained-lora.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made.replace(path)
+        return Model(path, read_spec(path))
 
     @cached_property
     def controlnet(self) -> Model:

@@ -55,9 +55,28 @@ def style(bench: Bench, model: Link, models: Models, strength: float) -> Link:
     return bench("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=strength)[0]
 
 
-def dial(bench: Bench, model: Link, models: Models) -> Link:
+def dial(bench: Bench, model: Link, models: Models, lora: Model | None = None) -> Link:
     choices = {"strength": 1.0, "cfg_is_guidance": True, "guidance": 0.0, "live_negative": False}
-    return bench("FewStepLoadStudentLora", model=model, lora_name=models.student_lora.name, **choices)[0]
+    name = (lora or models.student_lora).name
+    return bench("FewStepLoadStudentLora", model=model, lora_name=name, **choices)[0]
+
+
+def stock(bench: Bench, model: Link) -> Tensor:
+    """A stock KSampler as a baked file wants it."""
+    out = bench(
+        "KSampler",
+        model=model,
+        positive=bench.conditioning(COND),
+        negative=bench.conditioning(OTHER),
+        latent_image=bench.latent(EMPTY),
+        seed=SEED,
+        steps=4,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
+    return bench.sampled(out[0])
 
 
 def test_a_persons_lora_on_attention_and_on_the_time_embedding(bench: Bench, models: Models) -> None:
@@ -91,22 +110,23 @@ def test_a_student_lora_goes_with_a_style_lora(bench: Bench, models: Models, ord
 def test_a_student_lora_in_the_stock_loader_has_its_baked_guidance(bench: Bench, models: Models) -> None:
     loaded, name = bench.load(models.teacher)[0], models.student_lora.name
     model = bench("LoraLoaderModelOnly", model=loaded, lora_name=name, strength_model=1.0)[0]
-    out = bench(
-        "KSampler",
-        model=model,
-        positive=bench.conditioning(COND),
-        negative=bench.conditioning(OTHER),
-        latent_image=bench.latent(EMPTY),
-        seed=SEED,
-        steps=4,
-        cfg=1.0,
-        sampler_name="euler",
-        scheduler="simple",
-        denoise=1.0,
-    )
     live = without_shift(models.student_lora, models.teacher)
     network = Unet(models.teacher.tensors, change=lambda state: merged(state, live))
-    assert_equal(bench.sampled(out[0]), network, LORA_BAKED_GUIDANCE)
+    assert_equal(stock(bench, model), network, LORA_BAKED_GUIDANCE)
+
+
+@pytest.mark.parametrize("guidance", [2.0, LORA_BAKED_GUIDANCE])
+def test_a_trained_student_lora_is_its_merged_student(bench: Bench, models: Models, guidance: float) -> None:
+    model = dial(bench, bench.load(models.teacher)[0], models, models.trained_lora)
+    assert_equal(sampled(bench, model, guidance=guidance), Unet(models.trained.tensors), guidance)
+
+
+def test_a_trained_student_lora_in_the_stock_loader_is_its_merged_student_at_the_baked_guidance(
+    bench: Bench, models: Models
+) -> None:
+    loaded, name = bench.load(models.teacher)[0], models.trained_lora.name
+    model = bench("LoraLoaderModelOnly", model=loaded, lora_name=name, strength_model=1.0)[0]
+    assert_equal(stock(bench, model), Unet(models.trained.tensors), LORA_BAKED_GUIDANCE)
 
 
 def test_a_controlnet(bench: Bench, models: Models) -> None:

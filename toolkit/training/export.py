@@ -1,8 +1,9 @@
 """Students in the forms that other programs open, each loaded back and compared before it gets its name.
 
 ``checkpoint`` keeps the dial; ``baked`` folds one guidance into a bias, ``b1 <- b1 + W1 P e(w)``, exactly
-what the dial does at that w, and is a plain checkpoint; ``lora`` is that shift alone, as a patch;
-``diffusers`` is a folder for the family's stock pipeline, with the dial as ``time_cond_proj_dim``.
+what the dial does at that w, and is a plain checkpoint; ``lora`` is that shift alone, as a patch, or with the
+low-rank weights of a student that was trained as a LoRA; ``diffusers`` is a folder for
+the family's stock pipeline, with the dial as ``time_cond_proj_dim``.
 """
 
 from __future__ import annotations
@@ -33,12 +34,10 @@ from .families import SD1, UNET_PREFIX, Family, TextEncoder
 from .layout import COND_PROJ, PROJECTION, text_from_ldm, unet_from_ldm, vae_from_ldm
 from .networks import added_conditions, random_cond
 from .sidecar import check_sidecar, is_ours, sidecar, sidecar_path
+from .student_lora import LORA_COND_PROJ, LORA_DIFF, LORA_DIFF_BIAS, lora_path
 from .vocabulary import save_tokenizer
 
 W1, B1 = UNET_PREFIX + "time_embed.0.weight", UNET_PREFIX + "time_embed.0.bias"
-LORA_DIFF = "lora_unet_time_embedding_linear_1.diff"
-LORA_DIFF_BIAS = "lora_unet_time_embedding_linear_1.diff_b"
-LORA_COND_PROJ = "fewstep.cond_proj.weight"
 
 UNET_FILE = Path("unet") / "diffusion_pytorch_model.safetensors"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
@@ -112,36 +111,65 @@ def export_baked(
 def export_lora(
     student: Checkpoint, path: Path, *, guidance: float, dtype: torch.dtype | None = None
 ) -> Exported:
-    """The shift of one guidance_scale as a patch of a megabyte, in the form of a LoRA file (default float32).
+    """A LoRA file with one guidance_scale baked in, for stock loaders at strength 1.
 
-    A fully trained student has no low-rank part, so the patch carries the dial and nothing else: it belongs
-    on this student's own weights in a host that does not know the dial, at strength 1.
+    Of a student that was trained as a LoRA: that LoRA, for its teacher, from the file beside it, at this
+    guidance. A fully trained one has no low-rank part, so the patch (default float32) carries the dial and
+    nothing else: it belongs on this student's own weights in a host that does not know the dial.
     """
     spec = _spec_with_dial(student, guidance)
     _check_output(student, path, suffix=".safetensors")
     answers, probe = _answers(student, guidance)
-    tensors = {
-        LORA_DIFF: torch.zeros(student.tensors[W1].shape, dtype=torch.float16),
-        LORA_DIFF_BIAS: _shift(student, spec, guidance).float(),
-        LORA_COND_PROJ: student.tensors[COND_PROJ].float(),
-    }
+    shift = _shift(student, spec, guidance)
+    if spec.lora_rank is None:
+        trained, shifted = dict[str, Tensor](), torch.zeros_like(shift)
+        tensors = {
+            LORA_DIFF: torch.zeros(student.tensors[W1].shape, dtype=torch.float16),
+            LORA_DIFF_BIAS: shift.float(),
+            LORA_COND_PROJ: student.tensors[COND_PROJ].float(),
+        }
+        what = (
+            "this patch holds the guidance alone: add it at strength 1 to this student's own checkpoint in a "
+            "host that ignores the dial; on any other checkpoint it does nothing useful"
+        )
+    else:
+        trained, was_baked = _lora_beside(student, spec)
+        shifted = trained[LORA_DIFF_BIAS].double() - _shift(student, spec, was_baked)
+        tensors = trained | {LORA_DIFF_BIAS: (shifted + shift).float()}
+        what = f"load it at strength 1 on {spec.teacher_name}, the teacher, or on a model near it"
     tensors = _cast(tensors, dtype)
     lora = dataclasses.replace(spec, container="lora", baked_guidance=guidance, guidance_default=guidance)
     with atomic_path(path, size=_bytes(tensors)) as partial:
         save_tensors(tensors, student_metadata(lora, student.resolution), partial)
-        patch = load_tensors(partial)
+        written = load_tensors(partial)
+        _same_tensors(written, _cast({k: v for k, v in trained.items() if k != LORA_DIFF_BIAS}, dtype), path)
         kept = {key: value for key, value in student.tensors.items() if key != COND_PROJ}
-        kept[B1] = kept[B1].float() + patch[LORA_DIFF_BIAS]
+        kept[B1] = (kept[B1].double() - shifted + written[LORA_DIFF_BIAS].double()).float()
         patched = dataclasses.replace(student, tensors=kept)
-        difference = _compare(
-            _answer(patched.unet(), probe), answers, dtype=dtype or torch.float32, path=path
+        rounding = max((dtype or torch.float32, student.tensors[W1].dtype), key=lambda d: TOLERANCE[d])
+        difference = _compare(_answer(patched.unet(), probe), answers, dtype=rounding, path=path)
+    notes = (what, f"guidance {guidance:g} is in it: use cfg 1 in hosts", *_prediction_notes(student))
+    return Exported((path,), difference, (*notes, *_sampling_notes(spec)))
+
+
+def _lora_beside(student: Checkpoint, spec: StudentSpec) -> tuple[dict[str, Tensor], float]:
+    """The tensors of the LoRA that a merged student was trained as, and the guidance baked into them."""
+    beside = lora_path(student.path)
+    if not beside.exists():
+        raise BadInput(
+            f"{student.path}: this student was trained as a LoRA, which {beside.name} beside it holds, and "
+            "that file is missing; put it back, or export with --to baked"
         )
-    note = (
-        "this patch holds the guidance alone: add it at strength 1 to this student's own checkpoint in a "
-        "host that ignores the dial; on any other checkpoint it does nothing useful",
-        f"guidance {guidance:g} is in it: use cfg 1 in hosts",
-    )
-    return Exported((path,), difference, (*note, *_sampling_notes(spec)))
+    said, tensors = read_spec(beside), load_tensors(beside)
+    own = student.tensors[COND_PROJ]
+    if (
+        said is None
+        or said.container != "lora"
+        or said.baked_guidance is None
+        or not torch.equal(tensors[LORA_COND_PROJ].to(own.dtype), own)
+    ):
+        raise BadInput(f"{beside}: this is not the LoRA of {student.path.name}; put the right one beside it")
+    return tensors, said.baked_guidance
 
 
 def export_diffusers(student: Checkpoint, path: Path, *, dtype: torch.dtype | None = None) -> Exported:
@@ -387,6 +415,16 @@ def _same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
 def _sampling_notes(spec: StudentSpec) -> tuple[str, ...]:
     timesteps = ", ".join(str(timestep) for timestep in spec.timesteps)
     return (f"it is trained for {spec.steps} evaluations, at the timesteps {timesteps}",)
+
+
+def _prediction_notes(student: Checkpoint) -> tuple[str, ...]:
+    """What a LoRA cannot tell a stock host: that the student predicts v where its base may not."""
+    if student.prediction_type == "epsilon":
+        return ()
+    return (
+        "it predicts v: on a base that does not, put ModelSamplingDiscrete (v_prediction) after the stock "
+        "loader; FewStep's own loader does so by itself",
+    )
 
 
 def _velocity_notes(yaml: Path) -> tuple[str, ...]:
