@@ -257,6 +257,9 @@ def _as_student(model: Any, spec: StudentSpec, cond_proj: Tensor | None, device:
             raise BadInput(f"the student's cond_proj has the shape {(width, dim)}; {expected} was expected")
         layer = type(unet.time_embed[0])(dim, width, bias=False, dtype=unet.dtype, device=device)
         unet.time_embed = TimeEmbed(unet.time_embed, layer)
+    elif spec.has_dial:
+        say("this student's guidance input is missing (a pruner dropped it): its guidance dial is gone")
+        spec = replace(spec, w_embedding=None)
     base = type(model)
     model.__class__ = type(f"Student{base.__name__}", (StudentModel, base), {})
     model.fewstep = spec
@@ -560,12 +563,10 @@ def sample_fewstep(
         x = model.latent_image + (x - model.latent_image) * (start / sigmas[0].to(x))
     show_run(f"timesteps {', '.join(map(str, plan.timesteps))}")
     callback = _in_steps(callback, len(sigmas), plan.sigmas)
-    if (
-        spec.sampler == "deterministic"
-    ):  # the host's own Euler: bit for bit what its sampler "euler" does here
-        return comfy.k_diffusion.sampling.sample_euler(
-            model, x, plan.sigmas.to(x), extra_args, callback, disable
-        )
+    if spec.sampler == "deterministic":
+        # The host's own Euler: bit for bit what its sampler "euler" does on these levels.
+        euler = comfy.k_diffusion.sampling.sample_euler
+        return euler(model, x, plan.sigmas.to(x), extra_args, callback, disable)
     return plan.sampler(model, x, plan.sigmas, extra_args, callback)
 
 

@@ -373,6 +373,16 @@ def test_weights_that_are_missing_or_misshapen_are_one_sentence(
     assert_one_sentence(str(failure.value), path.name, "missing|shape|dial|cond_proj")
 
 
+def test_a_student_whose_dial_was_pruned_runs_unguided_and_says_so(bench: Bench, models: Models) -> None:
+    tensors = dict(models.epsilon.tensors)
+    del tensors[COND_PROJ]
+    path = models.epsilon.path.with_name("pruned.safetensors")
+    save_tensors(tensors, {"fewstep.spec": make_spec().to_json()}, path)
+    low = bench.sampled(stock(bench, load_student(bench, Model(path)), cfg=2.0))
+    assert any("dial is gone" in event["text"] for event in bench.last.told("fewstep.say"))
+    assert torch.equal(bench.sampled(stock(bench, load_student(bench, Model(path)), cfg=9.0)), low)
+
+
 def test_a_student_in_a_folder_with_an_awkward_name(bench: Bench, models: Models) -> None:
     folder = models.epsilon.path.parent / "mine [x] é #1"
     folder.mkdir(exist_ok=True)
