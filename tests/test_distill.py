@@ -16,12 +16,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from make_checkpoint import make_teacher, make_tokenizer
+from make_lora import ATTENTION, named, random_factors, save_lora, weights_of
 from PIL import Image
 
 from toolkit import distill
 from toolkit.diffusion.errors import BadInput
-from toolkit.runtime.files import load_tensors, read_spec, save_tensors
+from toolkit.runtime.files import load_tensors, read_spec, save_tensors, sha256_of
 from toolkit.training.checkpoint import open_checkpoint
+from toolkit.training.prompts import with_triggers
 
 ROOT = Path(__file__).parents[1]
 
@@ -258,3 +260,47 @@ def test_the_command_ends_with_code_2_and_without_a_traceback():
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
     assert len(done.stderr.strip().splitlines()[-1]) > 20
+
+
+def test_a_lora_is_merged_first_recorded_and_part_of_what_samples_are_found_by(
+    arguments, call, models, tmp_path, capsys
+):
+    teacher = open_checkpoint(models / "tiny.safetensors")
+    tensors = named("kohya", teacher, random_factors(weights_of(teacher, ATTENTION)))
+    style = save_lora(tmp_path / "style.safetensors", tensors, {"modelspec.trigger_phrase": "sks"})
+    call([*arguments, "--lora", f"{style}:0.5", "--lora", str(style), "--dry-run", "--json"])
+    said = json.loads(capsys.readouterr().out)["loras"]
+    assert [(lora["name"], lora["strength"], lora["trigger_words"]) for lora in said] == [
+        ("style", 0.5, ["sks"]),
+        ("style", 1.0, ["sks"]),
+    ]
+    arguments[arguments.index("--updates") + 1] = "1"
+    call([*arguments, "--lora", f"{style}:0.5", "--lr", "1e-12"])
+    spec = read_spec(tmp_path / "run" / "student.safetensors")
+    assert spec is not None and spec.teacher_sha256 == teacher.sha256
+    assert [(lora.name, lora.sha256, lora.strength) for lora in spec.loras] == [
+        ("style", sha256_of(style), 0.5)
+    ]
+    key = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    factors = [
+        tensors[f"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_{x}.weight"]
+        for x in ("up", "down")
+    ]
+    trained = load_tensors(tmp_path / "run" / "students" / "4.safetensors")[key].float()
+    merged = teacher.tensors[key].float() + 0.5 * factors[0] @ factors[1]
+    assert torch.allclose(trained, merged, atol=2e-3)
+    assert not torch.allclose(trained, teacher.tensors[key].float(), atol=2e-2)
+    assert "style" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    caches = len(list((tmp_path / "cache").iterdir()))
+    for number, strength in enumerate(("0.5", "0.6")):
+        arguments[arguments.index("--out") + 1] = str(tmp_path / f"run-{number}")
+        call([*arguments, "--lora", f"{style}:{strength}"])
+    assert len(list((tmp_path / "cache").iterdir())) == caches + 1
+    call([*arguments, "--lora", f"{style}:0.6", "--resume"])
+    with pytest.raises(BadInput, match="--lora"):
+        call([*arguments, "--lora", f"{style}:0.7", "--resume"])
+
+
+def test_trigger_words_stand_in_every_second_prompt():
+    assert with_triggers(["a", "b", "c"], ["sks", "art"]) == ["sks, art, a", "b", "sks, art, c"]
+    assert with_triggers(["a", "b"], []) == ["a", "b"]

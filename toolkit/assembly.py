@@ -39,6 +39,7 @@ from .training.adapters import LoraShape, OneNetwork, recomputing
 from .training.checkpoint import Checkpoint, save_student
 from .training.families import Override, size_ids
 from .training.loop import Job, LoopSettings, train
+from .training.lora import LoraFile, merge_loras, parse_lora, read_lora
 from .training.networks import (
     DTYPES,
     denoiser,
@@ -50,7 +51,7 @@ from .training.networks import (
     unet_network,
 )
 from .training.plan import Plan, free_memory, make_plan, measure, size, weights_bytes
-from .training.prompts import built_in_prompts, read_prompts
+from .training.prompts import built_in_prompts, read_prompts, with_triggers
 from .training.samples import (
     GuidanceRange,
     ImageFolderRequest,
@@ -72,10 +73,11 @@ DEMO_SAMPLES = 192
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """The opened teacher, and the sizes that planning needs."""
+    """The opened teacher, the LoRAs that are merged into it, and the sizes that planning needs."""
 
     demo: bool
     checkpoint: Checkpoint
+    loras: tuple[LoraFile, ...] = ()
 
     @classmethod
     def open(cls, values: Mapping[str, Any]) -> Teacher:
@@ -101,7 +103,29 @@ class Teacher:
             raise BadInput(
                 f"{path}: this is an inpainting checkpoint, which cannot be distilled yet; give a plain one"
             )
-        return cls(demo=bool(values.get("demo")), checkpoint=checkpoint)
+        asked = [parse_lora(text) for text in values.get("lora") or ()]
+        loras = [(read_lora(file), strength) for file, strength in asked]
+        if loras:
+            checkpoint = merge_loras(checkpoint, loras)
+        return cls(
+            demo=bool(values.get("demo")), checkpoint=checkpoint, loras=tuple(lora for lora, _ in loras)
+        )
+
+    @property
+    def triggers(self) -> tuple[str, ...]:
+        """The words that the merged LoRAs answer to."""
+        return tuple(dict.fromkeys(word for lora in self.loras for word in lora.triggers))
+
+    def lora_lines(self) -> list[str]:
+        """What is merged, for people."""
+        lines = [
+            f"{applied.name} at {applied.strength:g}: {lora.summary()}, merged into the teacher"
+            for lora, applied in zip(self.loras, self.checkpoint.loras, strict=True)
+        ]
+        if self.triggers:
+            words = ", ".join(self.triggers)
+            lines.append(f"trigger words, in every second prompt that is made here: {words}")
+        return lines
 
     @property
     def cell(self) -> int:
@@ -151,7 +175,7 @@ def settle(
         "override",
     ):
         values.setdefault(optional, None)
-    values.update(demo=demo, guidance=tuple(values["guidance"]))
+    values.update(demo=demo, guidance=tuple(values["guidance"]), lora=tuple(values["lora"]))
     options: dict[str, Any] = {
         o.name: values.pop(o.name, o.default) for o in options_of(find_methods()[values["method"]])
     }
@@ -283,6 +307,7 @@ def _request(
     if settings.override:
         source += settings.override
     width, height = settings.size
+    source += "".join(f" {lora.sha256}:{lora.strength!r}" for lora in checkpoint.loras)
     if settings.data:
         pictures = scan_image_folder(Path(settings.data))
         return ImageFolderRequest(
@@ -290,7 +315,7 @@ def _request(
         )
     return TeacherSampleRequest(
         teacher_sha256=source,
-        prompts=tuple(_prompts(settings, settings.pictures, seed=settings.seed)),
+        prompts=tuple(_prompts(settings, teacher, settings.pictures, seed=settings.seed)),
         negative=settings.negative,
         guidance=settings.guidance,
         shape=_latent_shape(settings, teacher),
@@ -427,6 +452,7 @@ def _spec(settings: Settings, checkpoint: Checkpoint, phase: Phase) -> StudentSp
         guidance_default=settings.guidance_default,
         negative=settings.negative,
         lora_rank=settings.rank,
+        loras=checkpoint.loras,
         toolkit=__version__,
     )
 
@@ -471,7 +497,7 @@ def _looker(settings: Settings, teacher: Teacher) -> Callable[[str, NetworkDenoi
     checkpoint = teacher.checkpoint
     if not settings.report_prompts:
         return lambda name, student, phase: None
-    prompts = _prompts(settings, settings.report_prompts, seed=settings.seed + 1)
+    prompts = _prompts(settings, teacher, settings.report_prompts, seed=settings.seed + 1)
     texts = encode_prompts(prompts, load_encoders(checkpoint))
     scales = sorted({settings.guidance_default, max(settings.guidance[0], min(2.0, settings.guidance[1]))})
 
@@ -493,10 +519,11 @@ def _looker(settings: Settings, teacher: Teacher) -> Callable[[str, NetworkDenoi
     return look
 
 
-def _prompts(settings: Settings, count: int, *, seed: int) -> list[str]:
+def _prompts(settings: Settings, teacher: Teacher, count: int, *, seed: int) -> list[str]:
     if settings.prompts:
         return read_prompts(Path(settings.prompts))[:count]
-    return (demo_prompts if settings.demo else built_in_prompts)(count, seed=seed)
+    made = (demo_prompts if settings.demo else built_in_prompts)(count, seed=seed)
+    return with_triggers(made, teacher.triggers)
 
 
 def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> str | None:
@@ -521,6 +548,7 @@ def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> st
         else f"{settings.pictures} pictures of the teacher's own",
         "training": f"batch {settings.batch_size}, lr {settings.lr:g}, updates {settings.updates}",
         "seed": str(settings.seed),
+        **{f"LoRA {lora.name}": f"merged at strength {lora.strength:g}" for lora in teacher.checkpoint.loras},
         "computed in": f"{settings.precision} on {settings.device}",
     }
     write_report(
@@ -554,7 +582,7 @@ def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> 
     return showcase(
         Painter.open(teacher.checkpoint, device=settings.device, dtype=dtype),
         {count: painter(folder / f"{count}.safetensors") for count in counts},
-        prompts=_prompts(settings, settings.report_prompts, seed=seed),
+        prompts=_prompts(settings, teacher, settings.report_prompts, seed=seed),
         sample_prompts=demo_prompts(DEMO_SAMPLES, seed=seed) if settings.demo else (),
         yardstick=_yardstick(seed) if settings.demo else None,
         guidance=settings.guidance_default,

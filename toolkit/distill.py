@@ -48,11 +48,21 @@ def main() -> None:
             raise BadInput(f"{out} holds a run already; go on with it by --resume, or choose another --out")
         plan = plan_run(settings, phases, teacher)
         _print_plan(plan, settings, reasons)
+        for line in teacher.lora_lines():
+            log.info("%s", line)
         require_disk(plan, out=out, cache=Path(settings.cache_dir))
         if options.dry_run:
             if options.json:
                 print_json(
-                    {"plan": plan.to_json(), "settings": dataclasses.asdict(settings), "reasons": reasons}
+                    {
+                        "plan": plan.to_json(),
+                        "settings": dataclasses.asdict(settings),
+                        "reasons": reasons,
+                        "loras": [
+                            {**dataclasses.asdict(applied), **lora.describe()}
+                            for lora, applied in zip(teacher.loras, teacher.checkpoint.loras, strict=True)
+                        ],
+                    }
                 )
             return
         _make_cache(Path(settings.cache_dir))
@@ -118,6 +128,12 @@ def _parse() -> argparse.Namespace:
         help="range that stays adjustable (default: 1 15)",
     )
     add("--guidance-default", type=float, metavar="G", help="what hosts start with (default: 7.5)")
+    add(
+        "--lora",
+        action="append",
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA merged into the teacher first, at this strength (default: 1); repeatable",
+    )
     add("--negative", metavar="TEXT", help="negative prompt distilled into the student (default: none)")
     add(
         "--data",

@@ -26,6 +26,7 @@ from .training.checkpoint import (
 )
 from .training.families import FAMILIES, NAMES, REFUSED, SD1, UNET_PREFIX, resolution_for
 from .training.layout import COND_PROJ
+from .training.lora import describe_lora
 from .training.networks import DTYPES
 from .training.recognise import INPUTS, Problems, Recognised, problems, recognise
 from .training.weights import Weights, read_folder, read_weights
@@ -61,6 +62,8 @@ def describe(path: Path) -> dict[str, Any]:
     found = recognise(weights.tensors)
     spec = spec_from(weights.metadata, weights.tensors, path)
     diffusion = found.container in ("checkpoint", "unet")
+    lora = describe_lora(weights) if found.container == "lora" else None
+    family = lora.family if lora is not None else found.family
     wrong = _problems(found, weights)
     prediction_type = prediction_type_of(weights, spec, found) if diffusion or spec is not None else None
     usual = resolution_for(FAMILIES.get(found.family or "", SD1), prediction_type or "epsilon")
@@ -68,7 +71,7 @@ def describe(path: Path) -> dict[str, Any]:
         "file": path.name,
         "kind": _kind(found, spec),
         "container": found.container,
-        "family": spec.family if spec is not None else found.family,
+        "family": spec.family if spec is not None else family,
         "inpaint": _input_channels(found) == 9 or (spec is not None and spec.inpaint),
         "prediction_type": prediction_type,
         "ztsnr": ztsnr_of(weights, spec),
@@ -79,8 +82,9 @@ def describe(path: Path) -> dict[str, Any]:
         "parameters": _parameters(found),
         "dial": COND_PROJ in found.tensors or "fewstep.cond_proj.weight" in found.tensors,
         "spec": None if spec is None else asdict(spec),
+        "lora": None if lora is None else lora.describe(),
         "missing": list(wrong.missing),
-        "extra": list(wrong.extra),
+        "extra": list(wrong.extra if lora is None else lora.unknown),
         "misshapen": list(wrong.misshapen),
         "damaged": sorted(key for key, value in found.tensors.items() if not is_finite(value)),
         "sha256": sha256_of(path),
@@ -184,6 +188,15 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
         if count
     )
     lines.append(f"parameters: {sizes}; mostly {found['dtype']}")
+    if lora := found["lora"]:
+        ranks = "/".join(map(str, lora["ranks"]))
+        lines.append(
+            f"holds: {', '.join(lora['kinds'])}, {lora['layers']} layers"
+            + (f", rank {ranks}" if ranks else "")
+        )
+        if lora["unsupported"]:
+            lines.append(f"cannot be merged here: {', '.join(lora['unsupported'])}")
+        lines.append(f"trigger words: {', '.join(lora['trigger_words']) or 'none in its metadata'}")
     if spec is not None:
         timesteps = ", ".join(map(str, spec["timesteps"]))
         baked = "" if spec["baked_guidance"] is None else f", {spec['baked_guidance']:g} baked in"

@@ -26,7 +26,7 @@ from ..diffusion.errors import BadInput
 from ..diffusion.guidance import W_DIM
 from ..diffusion.prediction import PREDICTION_TYPES, PredictionType
 from ..diffusion.schedule import NoiseSchedule
-from ..diffusion.spec import SPEC_KEY, StudentSpec
+from ..diffusion.spec import SPEC_KEY, AppliedLora, StudentSpec
 from ..runtime.files import modelspec, save_tensors, sha256_of, spec_from, tensor_bytes
 from .families import (
     FAMILIES,
@@ -70,6 +70,7 @@ class Checkpoint:
     """``tensors``: memory-mapped, under single-file keys; ``configs``: what a folder's own JSON says.
 
     ``resolution``: (width, height) in pixels that the file says it was trained for, else the family's.
+    ``loras``: what is merged into the tensors, beyond what the file holds.
     """
 
     path: Path
@@ -84,6 +85,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     configs: Mapping[str, Config]
     tokenizer_from: Path | Literal["hub"] | None
+    loras: tuple[AppliedLora, ...] = ()
 
     @property
     def of(self) -> Family:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -85,6 +86,12 @@ def built_in_prompts(count: int, *, seed: int) -> list[str]:
         return words[int(torch.randint(len(words), (1,), generator=generator))]
 
     return [pick(_STYLES).format(f"{pick(_SUBJECTS)} {pick(_SETTINGS)}") for _ in range(count)]
+
+
+def with_triggers(prompts: Sequence[str], triggers: Sequence[str]) -> list[str]:
+    """The prompts, every second one with the trigger words before it: a LoRA is used with and without."""
+    words = ", ".join(triggers)
+    return [f"{words}, {prompt}" if words and row % 2 == 0 else prompt for row, prompt in enumerate(prompts)]
 
 
 def read_prompts(path: Path) -> list[str]:

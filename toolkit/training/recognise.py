@@ -208,7 +208,7 @@ def _sizes(tensor: Tensor) -> str:
 
 
 def _foreign_container(tensors: Mapping[str, Tensor]) -> Container | None:
-    if any(re.search(r"\.(lora_(down|up|A|B)\b|hada_w1_a|lokr_w1)|^lora_(unet|te)", key) for key in tensors):
+    if any(re.search(_LORA, key) for key in tensors):
         return "lora"
     if any(key.startswith(("control_model.", "controlnet_cond_embedding.")) for key in tensors):
         return "ControlNet"
@@ -217,6 +217,9 @@ def _foreign_container(tensors: Mapping[str, Tensor]) -> Container | None:
     if len(tensors) <= 4 and any(key in tensors for key in ("emb_params", "clip_l", "clip_g", "*")):
         return "embedding"
     return None
+
+
+_LORA = r"[._](lora[._](down|up|A|B)\b|lora_linear_layer\.|hada_w1_a|lokr_w1)|^lora_(unet|te)"
 
 
 def _foreign_family(tensors: Mapping[str, Tensor]) -> str | None:

@@ -40,6 +40,7 @@ class Settings:
     guidance: tuple[float, float]
     guidance_default: float
     negative: str
+    lora: tuple[str, ...]
     data: str | None
     prompts: str | None
     pictures: int
@@ -86,6 +87,7 @@ EVERYWHERE = Defaults(
         guidance=(1.0, 15.0),
         guidance_default=7.5,
         negative="",
+        lora=(),
         trajectory_share=0.5,
         seed=0,
         cache_dir="runs/cache",
@@ -207,6 +209,7 @@ _KIND_WORDS: dict[Any, str] = {
     float: "a number",
     bool: "true or false",
     tuple[int, ...]: "a list of whole numbers",
+    tuple[str, ...]: "a list of texts",
     tuple[float, float]: "a list of two numbers",
 }
 
@@ -221,6 +224,8 @@ def _is_of_kind(value: Any, kind: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind == tuple[int, ...]:
         return isinstance(value, list) and all(_is_of_kind(item, int) for item in value)
+    if kind == tuple[str, ...]:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if kind == tuple[float, float]:
         return isinstance(value, list) and len(value) == 2 and all(_is_of_kind(item, float) for item in value)
     return isinstance(value, str)
