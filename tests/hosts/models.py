@@ -137,7 +137,11 @@ class Models:
         """A student of ``teacher`` as a run with ``--student lora`` writes it, merged: every kind of layer
         that such a run trains.
         """
-        teacher = open_checkpoint(self.teacher.path)
+        vae = (
+            self.folder / "small_vae.safetensors"
+        )  # the teacher's own is TAESD, which the toolkit cannot open
+        save_tensors(make_tensors("tiny", parts=("vae",)), {}, vae)
+        teacher = open_checkpoint(self.teacher.path, vae=vae)
         holder = OneNetwork(
             lambda: teacher.unet(conditioned=True),
             LoraShape(rank=4),
