@@ -104,8 +104,12 @@ SMALL = Defaults(
     dict(lr=4e-4, batch_size=32, micro_batch=32, ema=0.99, pictures=4096, dtype="fp32"),
     f"measured on the demo teacher, for networks under {SMALL_PARAMETERS // 1_000_000} M parameters",
 )
-LORA_LARGE = Defaults(dict(lr=1e-4, rank=64), "a start for LoRAs of Stable Diffusion 1, not measured")
-LORA_SMALL = Defaults(dict(lr=2e-3, rank=32), "measured on the demo teacher, for LoRAs of small networks")
+LORA_LARGE = Defaults(
+    dict(lr=1e-4, rank=64), "a start for LoRAs of Stable Diffusion, not measured on real weights"
+)
+LORA_SMALL = Defaults(
+    dict(lr=2e-3, rank=32), "tried on the demo teacher, where ranks were compared and rates were not"
+)
 DEMO = Defaults(
     dict(
         steps=2,
