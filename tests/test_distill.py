@@ -22,6 +22,7 @@ from PIL import Image
 from toolkit import distill
 from toolkit.diffusion.errors import BadInput
 from toolkit.runtime.files import load_tensors, read_spec, save_tensors, sha256_of
+from toolkit.training import plan
 from toolkit.training.checkpoint import open_checkpoint
 from toolkit.training.prompts import with_triggers
 
@@ -125,6 +126,13 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(arguments, call, tmp_path,
     assert answer["plan"]["memory_bytes"] > 0 and answer["plan"]["seconds"] > 0
     assert answer["reasons"]["steps"] == "you" and answer["settings"]["updates"] == [3, 3]
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_training_step_that_does_not_fit_the_memory_is_not_tried(arguments, call, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "free_memory", lambda device: 0)
+    call([*arguments, "--dry-run", "--json"])
+    answer = json.loads(capsys.readouterr().out)["plan"]
+    assert not answer["measured"] and answer["seconds"] > 0
 
 
 def test_samples_are_found_again_by_a_later_run(arguments, call, tmp_path, capsys):

@@ -58,6 +58,29 @@ UNETS: dict[str, dict[str, Any]] = {
         "transformer_layers_per_block": (1, 3),
         "cross_attention_dim": 8,
     },
+    "no middle, as KOALA 700M": {
+        "block_out_channels": (32, 64),
+        "levels": "pc",
+        "transformer_layers_per_block": (1, 5),
+        "mid_block_type": None,
+        "cross_attention_dim": 8,
+    },
+    "a middle without attention, as Vega": {
+        "block_out_channels": (32, 64),
+        "levels": "pc",
+        "transformer_layers_per_block": (1, 2),
+        "mid_block_type": "UNetMidBlock2D",
+        "cross_attention_dim": 8,
+    },
+    "uneven depths, as SSD-1B": {
+        "block_out_channels": (32, 64, 64),
+        "levels": "pcc",
+        "layers_per_block": 2,
+        "transformer_layers_per_block": ((1, 1), (2, 2), (4, 4)),
+        "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), (1, 1, 1)),
+        "mid_block_type": "UNetMidBlock2D",
+        "cross_attention_dim": 8,
+    },
     "linear": {"block_out_channels": (32, 64), "levels": "cc", "use_linear_projection": True},
 }
 VAES = {"sd15": ((128, 256, 512, 512), 2), "one": ((32,), 1), "three": ((32, 64, 96), 3)}

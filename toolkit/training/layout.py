@@ -164,8 +164,11 @@ def unet_config_from(state: State, family: Family = SD1) -> dict[str, Any]:
     firsts = _first_blocks(levels)
     down = ["CrossAttnDownBlock2D" if level.attention else "DownBlock2D" for level in levels]
     up = ["CrossAttnUpBlock2D" if level.attention else "UpBlock2D" for level in reversed(levels)]
-    depths = [_depth(part, rf"input_blocks\.{first}\.1\.transformer_blocks\.") or 1 for first in firsts]
+    depths: list[Any] = [
+        _depth(part, rf"input_blocks\.{first}\.1\.transformer_blocks\.") or 1 for first in firsts
+    ]
     depths[-1] = _depth(part, r"middle_block\.1\.transformer_blocks\.") or depths[-1]
+    uneven = _uneven_depths(part, levels)
     widths = tuple(_shape(part, UNET_PREFIX, f"input_blocks.{n}.0.in_layers.2.weight")[0] for n in firsts)
     resnets = [level.resnets for level in levels]
     proj_in = next((value for key, value in part.items() if key.endswith(".1.proj_in.weight")), None)
@@ -185,6 +188,7 @@ def unet_config_from(state: State, family: Family = SD1) -> dict[str, Any]:
         "mid_block_type": _mid_block(part),
         "up_block_types": tuple(up),
         "transformer_layers_per_block": depths[0] if len(set(depths)) == 1 else tuple(depths),
+        **uneven,
         "cross_attention_dim": context.shape[1] if context is not None else 768,
         "attention_head_dim": family.heads or tuple(max(1, width // 64) for width in widths),
         "norm_num_groups": 32,
@@ -314,6 +318,30 @@ def levels_from_ldm(part: Iterable[str]) -> tuple[Level, ...]:
     if not resnets:
         raise BadInput("the keys describe no Stable Diffusion UNet (no residual blocks under input_blocks)")
     return (*levels, Level(resnets, attention))
+
+
+def _uneven_depths(part: State, levels: tuple[Level, ...]) -> dict[str, Any]:
+    """How diffusers is told of attention whose depth changes within a level or on the way up (SSD-1B)."""
+
+    def depths(path: str, numbers: range) -> tuple[int, ...]:
+        return tuple(_depth(part, rf"{path}\.{n}\.1\.transformer_blocks\.") or 1 for n in numbers)
+
+    firsts = _first_blocks(levels)
+    down = [
+        depths("input_blocks", range(first, first + level.resnets))
+        for first, level in zip(firsts, levels, strict=True)
+    ]
+    up: list[tuple[int, ...]] = []
+    block = 0
+    for level in reversed(levels):
+        up.append(depths("output_blocks", range(block, block + level.resnets + 1)))
+        block += level.resnets + 1
+    if all(
+        {*way_up} == {*way_down} and len({*way_up}) == 1
+        for way_up, way_down in zip(up, reversed(down), strict=True)
+    ):
+        return {}
+    return {"transformer_layers_per_block": tuple(down), "reverse_transformer_layers_per_block": tuple(up)}
 
 
 def _mid_block(part: State) -> str | None:

@@ -29,7 +29,8 @@ GIB = 1024**3
 @dataclass(frozen=True)
 class Costs:
     """Measured: seconds a picture of one evaluation and of one training step, and bytes kept for the backward
-    pass. The network has ``parameters``, and ``trained`` are trained, of it or beside it.
+    pass. The network has ``parameters``, and ``trained`` are trained, of it or beside it. Where the step did
+    not fit the free memory it is not ``measured``, but taken for three evaluations.
     """
 
     parameters: int
@@ -37,6 +38,7 @@ class Costs:
     evaluation_seconds: float
     training_seconds: float
     activation_bytes: int
+    measured: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """``disk``: bytes of each item at its largest; ``evaluations`` count pictures through the network."""
+    """``disk``: bytes of each item at its largest; ``evaluations`` count pictures through the network. Not
+    ``measured``: a training step's time is a guess, and the memory leaves out what its backward pass keeps.
+    """
 
     phases: tuple[PhasePlan, ...]
     sample_evaluations: int
@@ -58,6 +62,7 @@ class Plan:
     free_bytes: int
     disk: dict[str, int]
     files: tuple[str, ...]
+    measured: bool = True
 
     @property
     def seconds(self) -> float:
@@ -88,6 +93,8 @@ class Plan:
         memory = f"memory: about {size(self.memory_bytes)}, of {size(self.free_bytes)} free"
         if self.memory_bytes > self.free_bytes:
             memory += "; that is not enough: try --student lora, a smaller --micro-batch or --resolution"
+        if not self.measured:
+            lines.append("a training step does not fit the free memory here; its time is guessed")
         return "\n".join(
             [
                 *lines,
@@ -138,8 +145,11 @@ def measure(
         for parameter in trained:
             parameter.grad = None
 
+    # Beside the weights, which are there: gradients, and about as much again that the step works on.
+    fits = free_memory(device) > 2 * sum(tensor.nbytes for tensor in trained)
     with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
-        evaluation, training = _seconds(evaluate, device), _seconds(step, device)
+        evaluation = _seconds(evaluate, device)
+        training = _seconds(step, device) if fits else 3 * evaluation
     weights = {p.untyped_storage().data_ptr() for p in parameters}
     return Costs(
         parameters=sum(p.numel() for p in parameters),
@@ -147,6 +157,7 @@ def measure(
         evaluation_seconds=evaluation / batch,
         training_seconds=training / batch,
         activation_bytes=sum(count for pointer, count in kept.items() if pointer not in weights),
+        measured=fits,
     )
 
 
@@ -211,6 +222,7 @@ def make_plan(
             "state": costs.trained * 4 * (2 * 4 + 2),
         },
         files=tuple(files),
+        measured=costs.measured,
     )
 
 
