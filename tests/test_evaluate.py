@@ -221,6 +221,13 @@ def test_the_verdict_claims_no_more_than_the_samples_show(student, ddim, said):
     assert verdict(rows[:2]) is None and verdict(rows[2:]) is None
 
 
+def test_there_is_no_verdict_against_a_reference_of_the_students_own_steps_without_a_judge():
+    row = {"strength": 1, "guidance": 4.0, "noise": "same", "samples": 4, "steps": 2, "adherence": None}
+    student = {**row, "model": "student", "sampler": "deterministic", "evaluations": 2, "psnr_teacher": 20.0}
+    reference = {**row, "model": "teacher", "sampler": "ddim", "evaluations": 4, "psnr_teacher": None}
+    assert verdict([student, reference]) is None
+
+
 def test_the_psnr_verdict_says_who_is_nearer():
     rows = [
         row("teacher", "ddim", 50, None),

@@ -118,6 +118,8 @@ def verdict(rows: Sequence[Row]) -> str | None:
         (row for (sampler, _), row in peers.items() if sampler == "ddim"), key=lambda row: row["steps"]
     )
     if student["adherence"] is None:
+        if ddim is reference:  # what the student is measured against, and nothing to compare it with
+            return None
         return _psnr_verdict(student, ddim, reference)
     return _adherence_verdict(student, ddim, reference)
 
