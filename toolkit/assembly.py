@@ -40,8 +40,10 @@ from .training.checkpoint import Checkpoint, save_student
 from .training.families import Override, size_ids
 from .training.loop import Job, LoopSettings, train
 from .training.lora import LoraFile, merge_loras, parse_lora, read_lora
+from .training.masks import Pictures
 from .training.networks import (
     DTYPES,
+    decode_latents,
     denoiser,
     encode_images,
     encode_prompts,
@@ -53,6 +55,7 @@ from .training.networks import (
 from .training.plan import Plan, free_memory, make_plan, measure, size, weights_bytes
 from .training.prompts import built_in_prompts, read_prompts, with_triggers
 from .training.samples import (
+    MASKS_EACH,
     GuidanceRange,
     ImageFolderRequest,
     Samples,
@@ -98,10 +101,6 @@ class Teacher:
         if checkpoint.kind != "teacher":
             raise BadInput(
                 f"{path}: this is a {checkpoint.kind}; give the checkpoint that it was distilled from"
-            )
-        if checkpoint.inpaint:
-            raise BadInput(
-                f"{path}: this is an inpainting checkpoint, which cannot be distilled yet; give a plain one"
             )
         asked = [parse_lora(text) for text in values.get("lora") or ()]
         loras = [(read_lora(file), strength) for file, strength in asked]
@@ -296,6 +295,12 @@ def _latent_shape(settings: Settings, teacher: Teacher) -> tuple[int, int, int]:
     )
 
 
+def _seen_shape(settings: Settings, teacher: Teacher) -> tuple[int, int, int]:
+    """Of the network's input: an inpainting one's has a mask and a masked latent too."""
+    channels, height, width = _latent_shape(settings, teacher)
+    return 2 * channels + 1 if teacher.checkpoint.inpaint else channels, height, width
+
+
 def _request(
     settings: Settings, phases: Sequence[Phase], teacher: Teacher
 ) -> TeacherSampleRequest | ImageFolderRequest:
@@ -311,7 +316,13 @@ def _request(
     if settings.data:
         pictures = scan_image_folder(Path(settings.data))
         return ImageFolderRequest(
-            source, pictures, settings.negative, width, height, sizes=checkpoint.of.sizes
+            source,
+            pictures,
+            settings.negative,
+            width,
+            height,
+            sizes=checkpoint.of.sizes,
+            masks=MASKS_EACH if checkpoint.inpaint else 0,
         )
     return TeacherSampleRequest(
         teacher_sha256=source,
@@ -324,6 +335,7 @@ def _request(
         precision=settings.precision,
         steps=trajectory_steps(max(len(phase.grid) for phase in phases)),
         sizes=size_ids(width, height) if checkpoint.of.sizes else (),
+        masked=checkpoint.inpaint,
     )
 
 
@@ -339,7 +351,7 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
         student,
         trained=trained,
         parameters=parameters,
-        latent=_latent_shape(settings, teacher),
+        latent=_seen_shape(settings, teacher),
         cond=random_cond(teacher.checkpoint, batch, generator=torch.Generator().manual_seed(0)),
         batch=batch,
         device=device,
@@ -425,6 +437,14 @@ def _make_samples(settings: Settings, phases: Sequence[Phase], teacher: Teacher)
             progress=progress,
         )
     unet = place(checkpoint.unet(dtype=DTYPES[settings.precision]), device).eval().requires_grad_(False)
+    pictures: Pictures | None = None
+    if request.masked:
+        vae = place(checkpoint.vae(), device).eval()
+        pictures = Pictures(
+            lambda images: encode_images(images, vae),
+            lambda x0: decode_latents(x0, vae),
+            checkpoint.downscale,
+        )
     return make_teacher_samples(
         request,
         folder,
@@ -434,6 +454,7 @@ def _make_samples(settings: Settings, phases: Sequence[Phase], teacher: Teacher)
         device=device,
         batch=settings.micro_batch,
         progress=progress,
+        pictures=pictures,
     )
 
 
@@ -442,6 +463,7 @@ def _spec(settings: Settings, checkpoint: Checkpoint, phase: Phase) -> StudentSp
     return StudentSpec(
         family=checkpoint.family,
         prediction_type=phase.prediction_type,
+        inpaint=checkpoint.inpaint,
         ztsnr=checkpoint.ztsnr,
         method=settings.method,
         timesteps=phase.grid.timesteps,
@@ -510,6 +532,7 @@ def _looker(settings: Settings, teacher: Teacher) -> Callable[[str, NetworkDenoi
             size=(settings.size[1], settings.size[0]),
             spec=_spec(settings, checkpoint, phase),
             device=settings.device,
+            inpaint=checkpoint.inpaint,
         )
         rows = [list(painter.paint(prompts, seeds=range(len(prompts)), guidance=scale)) for scale in scales]
         steps = "1 step" if len(phase.grid) == 1 else f"{len(phase.grid)} steps"

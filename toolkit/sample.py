@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
@@ -16,6 +17,7 @@ from .command import print_json, run
 from .diffusion.errors import BadInput
 from .evaluation.painter import (
     TEACHER_SAMPLERS,
+    Fill,
     Painted,
     Painter,
     Plan,
@@ -28,13 +30,14 @@ from .opening import add_parts, choose_device, choose_dtype, open_for_people, pa
 from .runtime.samplers import start_timestep
 from .training.checkpoint import Checkpoint
 from .training.networks import DTYPES
-from .training.samples import load_picture
+from .training.samples import load_grey, load_picture
 
 log = logging.getLogger("fewstep")
 
 EXAMPLES = """examples:
   python -m toolkit.sample --ckpt student.safetensors --prompt "a red fox" --guidance 5 --seed 7 -o fox.png
   python -m toolkit.sample --ckpt student.safetensors --prompt "a fox" --init-image a.png -o b.png
+  python -m toolkit.sample --ckpt model.safetensors --prompt "a hat" --init-image a.png --mask m.png -o c.png
   python -m toolkit.sample --ckpt model.safetensors --prompt "a fox" --sampler dpmpp_2m --steps 20 -o fox.png
   python -m toolkit.sample --ckpt toolkit/demo/teacher.safetensors --prompt "a red star" -o star.png
 """
@@ -48,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise BadInput(f"{asked.out.name}: pictures are written as PNG; give -o a name that ends in .png")
     if asked.strength is not None and asked.init_image is None:
         raise BadInput("--strength says how far to leave the picture of --init-image; give that one too")
+    if asked.mask is not None and asked.init_image is None:
+        raise BadInput("--mask says what to fill in the picture of --init-image; give that one too")
+    if asked.mask is not None and (asked.width, asked.height) != (None, None):
+        raise BadInput("with --mask the picture keeps its size; leave out --width and --height")
     if not 0 <= asked.seed <= 2**63 - asked.count or asked.count < 1:
         raise BadInput(
             f"seed {asked.seed} and count {asked.count}: the seed must be 0 to 2^63 - 1, the count at least 1"
@@ -56,14 +63,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     checkpoint = open_for_people(asked.ckpt, **parts_of(asked))
     plan = _checked_plan(checkpoint, asked)
     size = _size(checkpoint, asked)
+    fill = None if asked.mask is None else _fill(asked)
     log.info("%s", _announcement(checkpoint, plan, asked))
     painter = Painter.open(checkpoint, device=device, dtype=choose_dtype(asked.precision, device))
     x0 = None
-    if asked.init_image is not None:
+    if asked.init_image is not None and fill is None:
         x0 = painter.encode(load_picture(asked.init_image, size[1], size[0])[None])
     _say_what_was_cut(asked.prompt, checkpoint.tokenizer(), painter)
-    painted = _paint(painter, plan, asked, x0=x0, size=size)
-    files = _write(painter.decode(painted.x0), checkpoint, painted, asked)
+    padded = None if fill is None else _padded(fill, checkpoint.downscale)
+    painted = _paint(painter, plan, asked, x0=x0, fill=padded, size=size)
+    images = painter.decode(painted.x0)
+    if fill is not None:
+        images = fill.paste(images[..., : fill.images.shape[2], : fill.images.shape[3]])
+    files = _write(images, checkpoint, painted, asked)
     if asked.json:
         print_json(_answer(files, painted, asked))
 
@@ -102,10 +114,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--height", type=int, help="in pixels; default: the init image's, or the model's own")
     add("--init-image", type=Path, metavar="PNG", help="start from this picture instead of noise")
     add(
+        "--mask",
+        type=Path,
+        metavar="PNG",
+        help="fill in only what is white here, in the init image's size; the rest stays, bit for bit",
+    )
+    add(
         "--strength",
         type=float,
         metavar="F",
-        help="how far to leave the init image, above 0 to 1 (default 0.5)",
+        help="how far to leave the init image, above 0 to 1 (default 0.5; with --mask 1)",
     )
     add(
         "--negative",
@@ -145,7 +163,8 @@ def _checked_plan(checkpoint: Checkpoint, asked: argparse.Namespace) -> Plan:
 def _strength(asked: argparse.Namespace) -> float:
     if asked.init_image is None:
         return 1.0
-    return 0.5 if asked.strength is None else asked.strength
+    usual = 0.5 if asked.mask is None else 1.0
+    return usual if asked.strength is None else asked.strength
 
 
 def _announcement(checkpoint: Checkpoint, plan: Plan, asked: argparse.Namespace) -> str:
@@ -156,6 +175,9 @@ def _announcement(checkpoint: Checkpoint, plan: Plan, asked: argparse.Namespace)
         f"{checkpoint.name}: {checkpoint.kind}, {guidance}, {plan.evaluations} evaluation{plural} a picture "
         f"at the timesteps {timesteps}"
     )
+    if asked.mask is not None:
+        how = "as it was trained to" if checkpoint.inpaint else "by blending"
+        told += f"; it fills in what the mask says, {how}"
     start = next(iter(plan.timesteps))
     wanted = start_timestep(_strength(asked), len(checkpoint.schedule))
     if asked.init_image is not None and start != wanted:
@@ -181,6 +203,28 @@ def _size(checkpoint: Checkpoint, asked: argparse.Namespace) -> tuple[int, int]:
     return size
 
 
+def _fill(asked: argparse.Namespace) -> Fill:
+    """The init image and the mask as they are; BadInput for a mask that does not fit or says nothing."""
+    with Image.open(asked.init_image) as image:
+        width, height = image.size
+    mask = load_grey(asked.mask)
+    if mask.shape[1:] != (height, width):
+        raise BadInput(
+            f"{asked.mask.name}: the mask is {mask.shape[2]} x {mask.shape[1]} pixels and the picture "
+            f"{width} x {height}; both must have the same size"
+        )
+    if not mask.any():
+        raise BadInput(f"{asked.mask.name}: the mask is all black; what is to be filled must be white")
+    return Fill(load_picture(asked.init_image, width, height)[None], mask[None])
+
+
+def _padded(fill: Fill, cell: int) -> Fill:
+    """The same with whole latent cells: the last rows and columns repeated."""
+    height, width = fill.images.shape[2:]
+    more = (0, -width % cell, 0, -height % cell)
+    return Fill(*(F.pad(values, more, mode="replicate") for values in (fill.images, fill.masks)))
+
+
 def _say_what_was_cut(prompt: str, tokenizer: CLIPTokenizer, painter: Painter) -> None:
     """Warn if the prompt has more tokens than the text encoder reads, its two end marks included."""
     length = painter.texts([prompt])["text"].shape[1]
@@ -191,7 +235,13 @@ def _say_what_was_cut(prompt: str, tokenizer: CLIPTokenizer, painter: Painter) -
 
 
 def _paint(
-    painter: Painter, plan: Plan, asked: argparse.Namespace, *, x0: Tensor | None, size: tuple[int, int]
+    painter: Painter,
+    plan: Plan,
+    asked: argparse.Namespace,
+    *,
+    x0: Tensor | None,
+    fill: Fill | None,
+    size: tuple[int, int],
 ) -> Painted:
     with tqdm(unit="step", dynamic_ncols=True, disable=None, leave=False) as bar:
 
@@ -207,6 +257,7 @@ def _paint(
             sampler=asked.sampler,
             negative=asked.negative,
             x0=x0,
+            fill=fill,
             strength=_strength(asked),
             size=size,
             progress=progress,

@@ -31,9 +31,10 @@ def write_teacher(teacher: Teacher, path: Path) -> None:
         **vae_to_ldm(teacher.vae.state_dict()),
         **text_to_ldm(teacher.text.state_dict()),
     }
+    inpaint = teacher.unet.config["in_channels"] == 9
     metadata = modelspec(
-        title="FewStep demo teacher",
-        architecture="stable-diffusion-v1",
+        title="FewStep demo inpainting teacher" if inpaint else "FewStep demo teacher",
+        architecture="stable-diffusion-v1" + ("-inpainting" if inpaint else ""),
         prediction_type="epsilon",
         resolution=(SIZE, SIZE),
         author="The FewStep authors",

@@ -83,6 +83,24 @@ def tokens(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> Tensor:
     return torch.tensor(padded["input_ids"])
 
 
+def loss_weights() -> Tensor:
+    """(1000,): the weight of an epsilon error at each timestep."""
+    noise_levels = NoiseSchedule.scaled_linear().alphas_cumprod.float()
+    snr = noise_levels / (1 - noise_levels)
+    return 1 / (snr + 0.1) + 0.3 * snr.clamp(max=5) / snr
+
+
+def noised(latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit-variance noisy latents, their noise and timesteps (B,)."""
+    batch, noise_levels = len(latents), NoiseSchedule.scaled_linear().alphas_cumprod.float()
+    # one timestep in each of `batch` equal ranges: less variance than independent ones
+    even = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+    steps = (even * 1000).long().clamp(max=999)
+    noise = torch.randn(latents.shape, generator=generator)
+    level = noise_levels[steps].view(-1, 1, 1, 1)
+    return level.sqrt() * latents + (1 - level).sqrt() * noise, noise, steps
+
+
 def train_teacher(
     latents: Tensor,
     what: Scenes,
@@ -118,10 +136,7 @@ def train_teacher(
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["update"]
-    noise_levels = NoiseSchedule.scaled_linear().alphas_cumprod.float()
-    snr = noise_levels / (1 - noise_levels)
-    weights = (1 / (snr + 0.1) + 0.3 * snr.clamp(max=5) / snr).float()
-    signal, spread = noise_levels.sqrt().float(), (1 - noise_levels).sqrt().float()
+    weights = loss_weights()
     known: dict[str, Tensor] = {}
     running = 0.0
     for update in range(start, updates):
@@ -140,11 +155,7 @@ def train_teacher(
         silent = torch.rand(batch, generator=generator) < UNCONDITIONAL
         said = ["" if quiet else words for quiet, words in zip(silent.tolist(), said, strict=True)]
         known |= {words: tokens(tokenizer, [words])[0] for words in set(said) - known.keys()}
-        # one timestep in each of `batch` equal ranges: less variance than independent ones
-        even = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-        steps = (even * 1000).long().clamp(max=999)
-        noise = torch.randn(latents[rows].shape, generator=generator)
-        noisy = signal[steps].view(-1, 1, 1, 1) * latents[rows] + spread[steps].view(-1, 1, 1, 1) * noise
+        noisy, noise, steps = noised(latents[rows], generator)
         cond = text(torch.stack([known[words] for words in said])).last_hidden_state
         guess = unet(noisy, steps, cond).sample
         loss = ((guess - noise).square().mean((1, 2, 3)) * weights[steps]).mean()

@@ -14,11 +14,13 @@ from .schedule import NoiseSchedule, alpha, like
 
 Cond: TypeAlias = Mapping[str, Tensor]
 """Opaque conditioning: named tensors, each with the batch first. "text": (B, T, C); SDXL's has "pooled"
-(B, P) and "time_ids" (B, 6), the picture's sizes.
+(B, P) and "time_ids" (B, 6), the picture's sizes; an inpainting network's has "inpaint" (B, 1 + C, H, W), the
+mask (1: to be filled) and the masked picture's latent.
 """
 
 Network: TypeAlias = Callable[[Tensor, Tensor, Cond, Tensor | None], Tensor]
-"""``(z, timestep (B,), cond, w (B,) or None) -> prediction`` at unit variance."""
+"""``(z, timestep (B,), cond, w (B,) or None) -> prediction`` at unit variance; an inpainting network's z
+has the channels of "inpaint" after its own."""
 
 
 class Denoiser(Protocol):
@@ -47,6 +49,8 @@ class NetworkDenoiser:
     def predict(self, x: Tensor, sigma: Tensor, *, cond: Cond, w: Tensor | None = None) -> Tensor:
         """The network's own output, in its own prediction type."""
         z = like(alpha(sigma), x) * x
+        if "inpaint" in cond:
+            z = torch.cat([z, cond["inpaint"].to(z)], dim=1)
         return self.network(z, self.schedule.timestep(sigma), cond, w).float()
 
     def __call__(self, x: Tensor, sigma: Tensor, *, cond: Cond, w: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from ..diffusion.blending import Blended
 from ..diffusion.denoiser import Cond, Denoiser, Guided
 from ..diffusion.errors import BadInput
 from ..diffusion.grid import Grid
@@ -32,6 +33,7 @@ from ..runtime.samplers import (
     walk,
 )
 from ..training.checkpoint import Checkpoint
+from ..training.masks import Pictures, at_latent_size, inpaint_cond
 from ..training.networks import (
     decode_latents,
     denoiser,
@@ -84,8 +86,22 @@ class Painted:
 
 
 @dataclass(frozen=True, eq=False)
+class Fill:
+    """What to fill in: ``images`` (N or 1, 3, H, W) in [0, 1], ``masks`` (N or 1, 1, H, W), 1 where to fill,
+    values between are mixed."""
+
+    images: Tensor
+    masks: Tensor
+
+    def paste(self, pictures: Tensor) -> Tensor:
+        """The pictures within the masks; outside, the images bit for bit."""
+        return torch.where(self.masks > 0, torch.lerp(self.images, pictures, self.masks), self.images)
+
+
+@dataclass(frozen=True, eq=False)
 class Painter:
-    """``size`` is the height and width in pixels where none is asked for; ``spec`` is None for teachers.
+    """``size`` is the height and width in pixels where none is asked for; ``spec`` is None for teachers;
+    ``inpaint``: whether the network sees a mask and a masked picture, all of it grey where none is given.
 
     ``vae`` is diffusers' AutoencoderKL (Any, because this room does not import diffusers).
     """
@@ -97,17 +113,13 @@ class Painter:
     size: tuple[int, int]
     spec: StudentSpec | None = None
     device: torch.device | str = "cpu"
+    inpaint: bool = False
 
     @classmethod
     def open(
         cls, checkpoint: Checkpoint, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Painter:
         """Load all parts of a checkpoint, each in ``dtype``; BadInput for one that cannot paint by itself."""
-        if checkpoint.inpaint:
-            raise BadInput(
-                f"{checkpoint.path.name}: this is an inpainting model, which needs a picture and a mask; "
-                "this FewStep cannot paint with it yet"
-            )
         if checkpoint.kind != "teacher" and checkpoint.spec is None:
             raise BadInput(
                 f"{checkpoint.path.name}: this student's file lost the metadata that name its steps; "
@@ -124,6 +136,7 @@ class Painter:
             size=(height, width),
             spec=checkpoint.spec,
             device=device,
+            inpaint=checkpoint.inpaint,
         )
 
     @property
@@ -164,6 +177,7 @@ class Painter:
         sampler: str | None = None,
         negative: str | None = None,
         x0: Tensor | None = None,
+        fill: Fill | None = None,
         strength: float = 1.0,
         size: tuple[int, int] | None = None,
         batch: int | None = None,
@@ -172,10 +186,19 @@ class Painter:
         """Clean latents of ``prompts``, each from its own seed.
 
         ``x0``: (N or 1, C, h, w) scaled latents to start from at ``strength`` in (0, 1]. ``size``: (height,
-        width) in pixels. Raises BadInput for what this model cannot do.
+        width) in pixels. ``fill``: only its masks are painted, on its images (which x0 and size then come
+        from); an inpainting network sees them, any other has what is kept put back at each step. Raises
+        BadInput for what this model cannot do.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds")
+        keeping: tuple[Tensor, Tensor] | None = None
+        if fill is not None:
+            known, size = self.encode(fill.images), (fill.images.shape[2], fill.images.shape[3])
+            x0 = known if strength < 1 else None
+            if not self.inpaint:
+                masks = at_latent_size(fill.masks, known)
+                keeping = _each(known, len(prompts)), _each(masks, len(prompts))
         if strength < 1 and x0 is None:
             raise ValueError("a strength below 1 needs x0 to start from")
         plan = self.plan(guidance=guidance, steps=steps, sampler=sampler, strength=strength)
@@ -183,6 +206,8 @@ class Painter:
         shape = self.latent_shape(size) if x0 is None else tuple(x0.shape[1:])
         height, width = (side * self.downscale for side in shape[1:])
         cond = with_sizes(self._conditioning(prompts), width=width, height=height)
+        if self.inpaint:
+            cond = {**cond, "inpaint": self._seen(fill, len(prompts), height, width).to(self.device)}
         batch = batch or max(1, _LATENT_CELLS // (shape[1] * shape[2]))
         sigmas = torch.tensor(plan.sigmas, dtype=torch.float64)
         starts = [
@@ -211,21 +236,32 @@ class Painter:
                 "cond": {name: rows[first : first + batch] for name, rows in cond.items()},
                 "w": None if plan.w is None else x.new_full((len(x),), plan.w),
             }
-            run = sampler_for(seeds[first : first + batch])
-            parts.append(run(model, x, sigmas, arguments, tick).cpu())
+            part = seeds[first : first + batch]
+            painting = model
+            if keeping is not None:
+                kept, masks = (rows[first : first + batch].to(x) for rows in keeping)
+                painting = Blended(model, kept, unit_noise(x.shape, seeds=part).to(x), masks)
+            parts.append(sampler_for(part)(painting, x, sigmas, arguments, tick).cpu())
         return Painted(torch.cat(parts), plan, time.perf_counter() - started)
 
     def paint(self, prompts: Sequence[str], **arguments: Any) -> Tensor:
         """Pictures (N, 3, H, W) float32 in [0, 1]; arguments as in :meth:`latents`."""
-        return self.decode(self.latents(prompts, **arguments).x0)
+        return self.decode(self.latents(prompts, **arguments).x0, fill=arguments.get("fill"))
 
-    def decode(self, x0: Tensor) -> Tensor:
-        """Latents (N, C, h, w) -> pictures (N, 3, H, W) float32 in [0, 1]."""
-        return decode_latents(x0, self.vae)
+    def decode(self, x0: Tensor, *, fill: Fill | None = None) -> Tensor:
+        """Latents (N, C, h, w) -> pictures (N, 3, H, W) float32 in [0, 1]; with ``fill``, in its masks."""
+        pictures = decode_latents(x0, self.vae)
+        return pictures if fill is None else fill.paste(pictures)
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures (N, 3, H, W) in [0, 1] -> latents (N, C, h, w) to start from."""
         return encode_images(images, self.vae)
+
+    def _seen(self, fill: Fill | None, count: int, height: int, width: int) -> Tensor:
+        """(N, 5, h, w): what an inpainting network is told."""
+        if fill is None:
+            return Pictures(self.encode, self.decode, self.downscale).nothing(count, height, width)
+        return _each(inpaint_cond(fill.images, fill.masks, self.encode), count)
 
     def _model(self, negative: str | None, plan: Plan) -> tuple[Denoiser, SamplerFor]:
         """What is sampled, and what samples pictures of given seeds."""
@@ -250,6 +286,17 @@ class Painter:
         check_size((height, width), self.downscale)
         channels = int(self.vae.config["latent_channels"])
         return channels, height // self.downscale, width // self.downscale
+
+
+def unit_noise(shape: Sequence[int], *, seeds: Sequence[int]) -> Tensor:
+    """(B, C, h, w): the noise that each seed's picture starts from."""
+    nothing = torch.zeros(1)
+    return torch.cat([initial_latent((1, *shape[1:]), seed=s, sigma=1, x0=nothing) for s in seeds])
+
+
+def _each(rows: Tensor, count: int) -> Tensor:
+    """One row repeated for a batch; as many as the batch are returned as they are."""
+    return rows if len(rows) == count else rows.expand(count, *rows.shape[1:])
 
 
 def cached_texts(prompts: Sequence[str], texts: Cond) -> Texts:

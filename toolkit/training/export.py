@@ -181,7 +181,9 @@ def export_diffusers(student: Checkpoint, path: Path, *, dtype: torch.dtype | No
     with atomic_path(path, size=_bytes(tensors)) as partial:
         with _quiet():
             _write_folder(student, tensors, partial)
-            found = pipeline_class(student.of).from_pretrained(str(partial), local_files_only=True)
+            found = pipeline_class(student.of, inpaint=student.inpaint).from_pretrained(
+                str(partial), local_files_only=True
+            )
         unet: Any = found.unet.float().eval()
         difference = _compare(_answer(unet, probe), answers, dtype=_dtype(tensors), path=path)
         kept = {key: tensors[key] for key in student.network_tensors()}
@@ -209,8 +211,10 @@ def pipeline_scheduler(spec: StudentSpec) -> DPMSolverMultistepScheduler:
     )
 
 
-def pipeline_class(family: Family = SD1) -> Any:
+def pipeline_class(family: Family = SD1, *, inpaint: bool = False) -> Any:
     """The family's stock pipeline, imported only where it is needed: that takes seconds and prints hints."""
+    if inpaint:
+        return _inpaint_pipeline_class(family)
     if family.sizes:
         from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
             StableDiffusionXLPipeline,
@@ -220,6 +224,20 @@ def pipeline_class(family: Family = SD1) -> Any:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
     return StableDiffusionPipeline
+
+
+def _inpaint_pipeline_class(family: Family) -> Any:
+    if family.sizes:
+        from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_inpaint import (
+            StableDiffusionXLInpaintPipeline,
+        )
+
+        return StableDiffusionXLInpaintPipeline
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import (
+        StableDiffusionInpaintPipeline,
+    )
+
+    return StableDiffusionInpaintPipeline
 
 
 @contextlib.contextmanager
@@ -263,7 +281,7 @@ def _write_folder(student: Checkpoint, tensors: Mapping[str, Tensor], path: Path
         save_tokenizer(components[encoder.tokenizer], path / encoder.tokenizer)
     if not student.of.sizes:
         components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = pipeline_class(student.of)(**components)
+    pipeline = pipeline_class(student.of, inpaint=student.inpaint)(**components)
     pipeline.save_config(str(path))
     pipeline.scheduler.save_pretrained(str(path / "scheduler"))
 

@@ -1,9 +1,10 @@
 """What a student is trained on: clean latents with their texts, computed once and kept in safetensors shards.
 
 Either the teacher's own pictures (made with DPM-Solver++ 2M from prompts, the whole trajectory kept), or the
-pictures of a folder with same-named .txt captions. The folder of a cache is named by a hash of all that its
-content depends on, so that a later run with the same needs finds it; a shard is written whole or not at all,
-so making goes on where it was stopped.
+pictures of a folder with same-named .txt captions. For an inpainting teacher each sample has a mask too
+(masks.py): its own pictures are first painted from nothing, then most of them once more, under a mask. The
+folder of a cache is named by a hash of all that its content depends on, so that a later run with the same
+needs finds it; a shard is written whole or not at all, so making goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,12 +29,16 @@ from ..diffusion.method import Batch
 from ..diffusion.schedule import NoiseSchedule
 from ..runtime.files import load_tensors, save_tensors
 from ..runtime.samplers import initial_latent, sample_dpmpp_2m
+from .masks import FULL, Pictures, draw_masks, inpaint_cond
 from .prompts import read_text
 
 log = logging.getLogger("fewstep")
 
 TEACHER_STEPS = 16
 """DPM-Solver++ 2M steps of the teacher's own pictures, at least."""
+
+MASKS_EACH = 4
+"""Masks that each picture of a folder is seen under."""
 
 SHARD = 128
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -42,7 +48,8 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 class Samples:
     """``shards``: x0 (n, C, h, w) and text (n,) row numbers into ``texts``; the teacher's own also have
     guidance (n,) and states (n, K, C, h, w) at ``state_timesteps``. ``texts``: conditionings of M rows, row 0
-    the unconditional one. Where the UNet is told the pictures' sizes, the shards have "time_ids" (n, 6).
+    the unconditional one. Where the UNet is told the pictures' sizes, the shards have "time_ids" (n, 6); an
+    inpainting teacher's have "inpaint" (n, 1 + C, h, w).
     """
 
     shards: Sequence[dict[str, Tensor]]
@@ -68,8 +75,8 @@ class Samples:
 
     def cond(self, rows: Mapping[str, Tensor]) -> Cond:
         """The conditioning of samples (:meth:`rows`)."""
-        cond = _taken(self.texts, rows["text"])
-        return {**cond, "time_ids": rows["time_ids"].float()} if "time_ids" in rows else cond
+        own = {name: rows[name].float() for name in ("time_ids", "inpaint") if name in rows}
+        return {**_taken(self.texts, rows["text"]), **own}
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,7 @@ def trajectory_steps(finest: int) -> int:
 @dataclass(frozen=True)
 class TeacherSampleRequest:
     """All that the teacher's own pictures depend on. ``sizes``: what the UNet is told of theirs, if
-    anything."""
+    anything; ``masked``: whether they are painted under masks, which takes an inpainting teacher."""
 
     teacher_sha256: str
     prompts: tuple[str, ...]
@@ -140,18 +147,19 @@ class TeacherSampleRequest:
     precision: str
     steps: int
     sizes: tuple[int, ...] = ()
+    masked: bool = False
 
     def folder(self, cache: Path) -> Path:
         return cache / f"teacher-{_key(asdict(self))}"
 
     @property
     def evaluations(self) -> int:
-        """Pictures through the network, two of the pair a step."""
-        return 2 * self.steps * self.count
+        """Pictures through the network, two of the pair a step; those under a mask are painted twice."""
+        return round(2 * self.steps * self.count * (2 - FULL if self.masked else 1))
 
     def bytes(self, latent: tuple[int, int, int]) -> int:
         """On the disk: x0 and the states in float16."""
-        return self.count * math.prod(latent) * 2 * (self.steps + 1)
+        return self.count * (math.prod(latent) * 2 * (self.steps + 1) + _inpaint_bytes(latent, self.masked))
 
 
 def make_teacher_samples(
@@ -164,10 +172,16 @@ def make_teacher_samples(
     device: torch.device,
     batch: int,
     progress: Callable[[Iterable[int]], Iterable[int]],
+    pictures: Pictures | None = None,
 ) -> Samples:
     """The teacher's own pictures; shards that are there already are kept. ``progress`` wraps the shard
-    numbers.
+    numbers; ``pictures`` masks them, where the request says so.
     """
+    paint = _sample_part
+    if request.masked:
+        if pictures is None:
+            raise ValueError("masks need pictures to draw them on")
+        paint = partial(_masked_part, pictures=pictures)
     texts, text_rows = _texts(folder, request.prompts, request.negative, encode)
     samplewise = torch.arange(request.count) % len(request.prompts)
     count = -(-request.count // SHARD)
@@ -177,7 +191,7 @@ def make_teacher_samples(
     for number in progress(missing):
         numbers = torch.arange(number * SHARD, min((number + 1) * SHARD, request.count))
         parts = [
-            _sample_part(part, request, guided, _taken(texts, text_rows[samplewise[part]]), sigmas, device)
+            paint(part, request, guided, _taken(texts, text_rows[samplewise[part]]), sigmas, device)
             for part in numbers.split(batch)
         ]
         shard = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -188,7 +202,6 @@ def make_teacher_samples(
     return _open(folder, count, texts, Grid.trailing(request.steps, len(schedule)).timesteps)
 
 
-@torch.no_grad()
 def _sample_part(
     numbers: Tensor,
     request: TeacherSampleRequest,
@@ -198,12 +211,57 @@ def _sample_part(
     device: torch.device,
 ) -> dict[str, Tensor]:
     seeds = [derived_seed(request.seed, int(n)) for n in numbers]
+    return _walked(seeds, request, guided, cond, sigmas, device)
+
+
+def _masked_part(
+    numbers: Tensor,
+    request: TeacherSampleRequest,
+    guided: Guided,
+    cond: Cond,
+    sigmas: Tensor,
+    device: torch.device,
+    *,
+    pictures: Pictures,
+) -> dict[str, Tensor]:
+    """Pictures from nothing; those that get a mask are painted anew under it, from other noise."""
+    height, width = (side * pictures.downscale for side in request.shape[1:])
+    inpaint = pictures.nothing(len(numbers), height, width)
+    part = _sample_part(numbers, request, guided, {**cond, "inpaint": inpaint}, sigmas, device)
+    masks = draw_masks([derived_seed(request.seed, int(n), 1) for n in numbers], height, width)
+    rows = (masks.flatten(1).min(1).values == 0).nonzero()[:, 0]
+    if len(rows) == 0:
+        return part | {"inpaint": inpaint.half()}
+    seen = inpaint_cond(pictures.decode(part["x0"][rows].float()), masks[rows], pictures.encode)
+    again = _walked(
+        [derived_seed(request.seed, int(n), 2) for n in numbers[rows]],
+        request,
+        guided,
+        {name: value[rows] for name, value in cond.items()} | {"inpaint": seen},
+        sigmas,
+        device,
+    )
+    part |= {"inpaint": inpaint.half()}
+    again |= {"inpaint": seen.half()}
+    return {name: value.index_copy(0, rows, again[name]) for name, value in part.items()}
+
+
+@torch.no_grad()
+def _walked(
+    seeds: Sequence[int],
+    request: TeacherSampleRequest,
+    guided: Guided,
+    cond: Cond,
+    sigmas: Tensor,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Pictures from the noise of these seeds, at guidances drawn from the first, with their trajectories."""
     sigma_0 = float(sigmas[0])
     x = torch.cat([initial_latent((1, *request.shape), seed=s, sigma=sigma_0) for s in seeds]).to(device)
     draw = torch.Generator().manual_seed(seeds[0])
-    scale = GuidanceRange(*request.guidance).draw(len(numbers), generator=draw)
+    scale = GuidanceRange(*request.guidance).draw(len(seeds), generator=draw)
     if request.sizes:
-        cond = {**cond, "time_ids": torch.tensor(request.sizes).float().expand(len(numbers), -1)}
+        cond = {**cond, "time_ids": torch.tensor(request.sizes).float().expand(len(seeds), -1)}
     states: list[Tensor] = []
     x0 = sample_dpmpp_2m(
         guided,
@@ -220,7 +278,8 @@ def _sample_part(
 
 @dataclass(frozen=True)
 class ImageFolderRequest:
-    """All that the latents of a folder of pictures depend on. ``sizes``: whether the UNet is told theirs."""
+    """All that the latents of a folder of pictures depend on. ``sizes``: whether the UNet is told theirs;
+    ``masks``: so many each, for an inpainting teacher."""
 
     teacher_sha256: str
     pictures: tuple[tuple[str, str, str], ...]
@@ -228,6 +287,7 @@ class ImageFolderRequest:
     width: int
     height: int
     sizes: bool = False
+    masks: int = 0
 
     @property
     def evaluations(self) -> int:
@@ -235,7 +295,8 @@ class ImageFolderRequest:
 
     def bytes(self, latent: tuple[int, int, int]) -> int:
         """On the disk: x0 in float16."""
-        return len(self.pictures) * math.prod(latent) * 2
+        each = math.prod(latent) * 2 + _inpaint_bytes(latent, self.masks > 0)
+        return len(self.pictures) * max(self.masks, 1) * each
 
     def folder(self, cache: Path) -> Path:
         return cache / f"images-{_key(asdict(self))}"
@@ -288,6 +349,7 @@ def make_image_samples(
     count = -(-len(request.pictures) // SHARD)
     for number in progress([i for i in range(count) if not _shard_path(folder, i).exists()]):
         latents: list[Tensor] = []
+        inpaint: list[Tensor] = []
         sizes: list[tuple[int, ...]] = []
         rows: list[int] = []
         for i in range(number * SHARD, min((number + 1) * SHARD, len(request.pictures))):
@@ -296,18 +358,27 @@ def make_image_samples(
             except BadInput as error:
                 log.warning("%s; skipped", error)
                 continue
-            latents.append(encode_images(picture[None]).half())
-            sizes.append(picture_sizes(source / request.pictures[i][0], request.width, request.height))
-            rows.append(i)
+            each = max(request.masks, 1)
+            latents += [encode_images(picture[None]).half()] * each
+            sizes += [picture_sizes(source / request.pictures[i][0], request.width, request.height)] * each
+            rows += [i] * each
+            if request.masks:
+                seeds = [derived_seed(i, mask) for mask in range(each)]
+                masks = draw_masks(seeds, request.height, request.width)
+                seen = inpaint_cond(picture.expand(each, -1, -1, -1), masks, encode_images)
+                inpaint.append(seen.half())
         if not latents:
             raise BadInput(f"{source}: none of {SHARD} pictures in a row could be read; check the files")
         tensors = {"x0": torch.cat(latents), "text": text_rows[torch.tensor(rows)]}
         if request.sizes:
             tensors["time_ids"] = torch.tensor(sizes)
+        if request.masks:
+            tensors["inpaint"] = torch.cat(inpaint)
         save_tensors(tensors, {}, _shard_path(folder, number))
     samples = _open(folder, count, texts, ())
-    if skipped := len(request.pictures) - len(samples):
-        log.warning("%d damaged pictures were skipped, %d are used", skipped, len(samples))
+    used = len(samples) // max(request.masks, 1)
+    if skipped := len(request.pictures) - used:
+        log.warning("%d damaged pictures were skipped, %d are used", skipped, used)
     return samples
 
 
@@ -315,18 +386,29 @@ def load_picture(path: Path, width: int, height: int) -> Tensor:
     """(3, height, width) in [0, 1], scaled to cover and cropped at the centre; BadInput if it cannot be
     read.
     """
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError):
-        raise BadInput(
-            f"{path.name}: not a picture that can be read; give a PNG, JPEG or WebP file"
-        ) from None
-    image = image.resize(_covering(image.size, width, height), Image.Resampling.LANCZOS)
+    image = _read(path, "RGB")
+    image.resize(_covering(image.size, width, height), Image.Resampling.LANCZOS)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     image = image.crop((left, top, left + width, top + height))
     values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return values.reshape(height, width, 3).permute(2, 0, 1).float() / 255
+
+
+def load_grey(path: Path) -> Tensor:
+    """(1, H, W) in [0, 1], a picture's lightness as it is; BadInput if it cannot be read."""
+    image = _read(path, "L")
+    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return values.reshape(1, image.height, image.width).float() / 255
+
+
+def _read(path: Path, mode: str) -> Image.Image:
+    try:
+        with Image.open(path) as opened:
+            return opened.convert(mode)
+    except (OSError, UnidentifiedImageError, SyntaxError):
+        raise BadInput(
+            f"{path.name}: not a picture that can be read; give a PNG, JPEG or WebP file"
+        ) from None
 
 
 def _covering(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
@@ -368,6 +450,11 @@ def _open(folder: Path, count: int, texts: Cond, state_timesteps: tuple[int, ...
 
 def _shard_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.safetensors"
+
+
+def _inpaint_bytes(latent: tuple[int, int, int], masked: bool) -> int:
+    """Of a mask and a masked latent in float16."""
+    return 2 * (latent[0] + 1) * latent[1] * latent[2] if masked else 0
 
 
 def _key(content: object) -> str:
