@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from make_checkpoint import make_teacher, make_tokenizer
+from make_lora import ATTENTION, named, random_factors, save_lora, weights_of
 from torch import Tensor
 
 from toolkit import assembly, distill, evaluate
@@ -253,3 +254,23 @@ def test_a_lora_of_other_layers_is_refused_by_name(run: Path, teacher: Checkpoin
     assert spec is not None
     with pytest.raises(BadInput, match=r"lora_unet_middle.* is no layer of the teacher"):
         compare_with_merged(tmp_path / "x.safetensors", merged, base=unet_of(teacher), spec=spec)
+
+
+def test_a_teacher_with_a_merged_lora_is_the_base_of_the_students(
+    arguments: list[str],
+    teacher: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    factors = random_factors(weights_of(teacher, ATTENTION))
+    style = save_lora(tmp_path / "style.safetensors", named("kohya", teacher, factors))
+    extra = ["--lora", f"{style}:0.8", "--origin", "pair", "--out", str(tmp_path / "run")]
+    call([*arguments, *extra], monkeypatch)
+    student = open_checkpoint(tmp_path / "run" / "student.safetensors")
+    assert student.spec is not None and student.spec.loras[0].strength == 0.8
+    exported = export_lora(student, tmp_path / "out.safetensors", guidance=4.0)
+    assert "with what was merged into the teacher: style at 0.8" in exported.notes[0]
+    with pytest.raises(BadInput, match="differs from the merged student"):
+        compare_with_merged(
+            tmp_path / "out.safetensors", student.tensors, base=unet_of(teacher), spec=student.spec
+        )

@@ -137,6 +137,9 @@ def export_lora(
         shifted = trained[LORA_DIFF_BIAS].double() - _shift(student, spec, was_baked)
         tensors = trained | {LORA_DIFF_BIAS: (shifted + shift).float()}
         what = f"load it at strength 1 on {spec.teacher_name}, the teacher, or on a model near it"
+        if spec.loras:
+            merged = ", ".join(f"{lora.name} at {lora.strength:g}" for lora in spec.loras)
+            what += f", with what was merged into the teacher: {merged}"
     tensors = _cast(tensors, dtype)
     lora = dataclasses.replace(spec, container="lora", baked_guidance=guidance, guidance_default=guidance)
     with atomic_path(path, size=_bytes(tensors)) as partial:
