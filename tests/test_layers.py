@@ -14,9 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAINING_PACKAGES = {"accelerate", "diffusers", "peft", "psutil", "transformers"}
 DATA_PACKAGES = {"PIL", "numpy", "safetensors", "torch", "tqdm"}
 TOML = {"tomli", "tomllib"}  # the first stands in for the second, which Python 3.10 lacks
-COMFYUI = {
-    "aiohttp", "comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "node_helpers", "server",
-}  # fmt: skip
+COMFYUI = {"aiohttp", "comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview"}
+COMFYUI |= {"node_helpers", "server"}
 WEBUI = {"gradio", "k_diffusion", "modules"}
 
 

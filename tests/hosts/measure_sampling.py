@@ -1,8 +1,8 @@
-"""What sampling a student costs in ComfyUI, in evaluations of its UNet; run by the host's Python in its folder.
+"""What sampling a student costs in ComfyUI; run by the host's Python in its folder.
 
-``python measure_sampling.py REPOSITORY STUDENT ROUNDS`` prints JSON: seconds of processor time for 4 bare UNet
-forwards, for the host's own Euler without a wrapper (4 steps, cfg 1, on the same weights as an ordinary model)
-and for the sampler fewstep on the student (cfg 7), one after the other in each round.
+``python measure_sampling.py REPOSITORY STUDENT ROUNDS`` prints JSON: seconds of processor time for 4 bare
+UNet forwards, for the host's own Euler without a wrapper (4 steps, cfg 1, on the same weights as an ordinary
+model) and for the sampler fewstep on the student (cfg 7), one after the other in each round.
 """
 
 import importlib

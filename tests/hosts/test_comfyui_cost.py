@@ -1,4 +1,4 @@
-"""A student's N steps in ComfyUI cost N evaluations of its UNet and hardly more than the host's own sampler."""
+"""A student's steps in ComfyUI cost as many evaluations of its UNet, and hardly more than the host's own."""
 
 import json
 import os
