@@ -11,6 +11,7 @@ from torch import Tensor
 
 from toolkit.runtime.files import save_tensors
 from toolkit.training.checkpoint import Checkpoint
+from toolkit.training.families import Part
 from toolkit.training.layout import unet_to_ldm
 
 ATTENTION = tuple(f"attn{n}.to_{x}" for n in (1, 2) for x in ("q", "k", "v", "out.0"))
@@ -30,15 +31,12 @@ STYLES = {
 """Names of the two factors."""
 
 
-def weights_of(checkpoint: Checkpoint, targets: Iterable[str], part: str = "unet") -> dict[str, Tensor]:
+def weights_of(checkpoint: Checkpoint, targets: Iterable[str], part: Part = "unet") -> dict[str, Tensor]:
     """The weights of the modules whose names end like a target."""
-    network = checkpoint.unet() if part == "unet" else checkpoint.text_encoder()
+    network = checkpoint.unet() if part == "unet" else checkpoint.text_encoder(part=part)
+    state = network.state_dict()
     ends = tuple(f".{target}.weight" for target in targets)
-    return {
-        key.removesuffix(".weight"): value.detach()
-        for key, value in network.state_dict().items()
-        if key.endswith(ends)
-    }
+    return {key.removesuffix(".weight"): value.detach() for key, value in state.items() if key.endswith(ends)}
 
 
 def random_factors(
@@ -72,7 +70,7 @@ def named(
     checkpoint: Checkpoint,
     factors: Mapping[str, Mapping[str, Tensor]],
     *,
-    part: str = "unet",
+    part: Part = "unet",
     alpha: float | None = None,
 ) -> dict[str, Tensor]:
     """A file's tensors: the factors under the names of a style."""
@@ -97,22 +95,34 @@ def save_lora(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     return path
 
 
-def _stem(style: str, module: str, part: str, checkpoint: Checkpoint) -> str:
+def _stem(style: str, module: str, part: Part, checkpoint: Checkpoint) -> str:
     text = part != "unet"
     ldm = module if text else _single_file_name(module, checkpoint)
     whole = f"text_model.{module.removeprefix('text_model.')}" if text else module
     if style in ("kohya", "single file"):
-        prefix = "lora_te_" if text else "lora_unet_"
+        te = {"text_encoder": "lora_te1_" if checkpoint.family == "sdxl" else "lora_te_"}
+        prefix = te.get(part, "lora_te2_") if text else "lora_unet_"
         return prefix + (whole if text else ldm if style == "single file" else module).replace(".", "_")
     if style == "comfyui":
-        return f"text_encoders.clip_l.transformer.{whole}" if text else f"diffusion_model.{ldm}"
+        return (
+            f"text_encoders.{comfyui_name(checkpoint, part)}.transformer.{whole}"
+            if text
+            else f"diffusion_model.{ldm}"
+        )
     if style == "peft":
         return f"base_model.model.{whole}"
-    prefix = "text_encoder." if text else "unet."
+    prefix = f"{part}."
     if style == "processor" and not text:
         attention, _, projection = module.rpartition(".to_")
         return f"{prefix}{attention}.processor.to_{projection.removesuffix('.0')}"
     return prefix + whole
+
+
+def comfyui_name(checkpoint: Checkpoint, part: Part) -> str:
+    """What ComfyUI calls a text encoder."""
+    if part == "text_encoder_2":
+        return "clip_g"
+    return "clip_h" if checkpoint.family == "sd2" else "clip_l"
 
 
 def _single_file_name(module: str, checkpoint: Checkpoint) -> str:
