@@ -312,3 +312,21 @@ def test_a_lora_is_merged_first_recorded_and_part_of_what_samples_are_found_by(
 def test_trigger_words_stand_in_every_second_prompt():
     assert with_triggers(["a", "b", "c"], ["sks", "art"]) == ["sks, art, a", "b", "sks, art, c"]
     assert with_triggers(["a", "b"], []) == ["a", "b"]
+
+
+def test_a_lora_beside_the_run_changes_the_student_and_is_measured(arguments, call, models, tmp_path):
+    teacher = open_checkpoint(models / "tiny.safetensors")
+    tensors = named("kohya", teacher, random_factors(weights_of(teacher, ATTENTION)))
+    style = save_lora(tmp_path / "style.safetensors", tensors)
+    before = style.read_bytes()
+    call(arguments)
+    plain = (tmp_path / "run" / "student.safetensors").read_bytes()
+    for name, more in (("full", []), ("lora", ["--student", "lora", "--rank", "2"])):
+        out = tmp_path / name
+        arguments[arguments.index("--out") + 1] = str(out)
+        call([*arguments, *more, "--with-lora", f"{style}:0.5-1", "--report-prompts", "1"])
+        assert (out / "student.safetensors").read_bytes() != plain
+        assert "it acts as in the teacher at" in (out / "report.html").read_text(encoding="utf-8")
+    spec = read_spec(tmp_path / "full" / "student.safetensors")
+    assert spec is not None and spec.loras == ()
+    assert style.read_bytes() == before

@@ -28,6 +28,7 @@ from .diffusion.errors import BadInput
 from .diffusion.method import Phase, Setting
 from .diffusion.spec import StudentSpec
 from .evaluation.evaluate import Yardstick
+from .evaluation.guests import answers_to
 from .evaluation.painter import Painter, cached_texts
 from .evaluation.pictures import grid, save_png
 from .evaluation.report import command_line, write_report
@@ -38,6 +39,7 @@ from .runtime.files import atomic_path
 from .training.adapters import LoraShape, OneNetwork, recomputing
 from .training.checkpoint import Checkpoint, save_student
 from .training.families import Override, size_ids
+from .training.guests import Guest, Guests, parse_range
 from .training.loop import Job, LoopSettings, train
 from .training.lora import LoraFile, merge_loras, parse_lora, read_lora
 from .training.masks import Pictures
@@ -81,6 +83,7 @@ class Teacher:
     demo: bool
     checkpoint: Checkpoint
     loras: tuple[LoraFile, ...] = ()
+    guests: Guests = dataclasses.field(default_factory=Guests)
 
     @classmethod
     def open(cls, values: Mapping[str, Any]) -> Teacher:
@@ -106,20 +109,31 @@ class Teacher:
         loras = [(read_lora(file), strength) for file, strength in asked]
         if loras:
             checkpoint = merge_loras(checkpoint, loras)
+        ranges = [parse_range(text) for text in values.get("with_lora") or ()]
+        guests = [Guest.of(read_lora(file), low, high, checkpoint=checkpoint) for file, low, high in ranges]
         return cls(
-            demo=bool(values.get("demo")), checkpoint=checkpoint, loras=tuple(lora for lora, _ in loras)
+            demo=bool(values.get("demo")),
+            checkpoint=checkpoint,
+            loras=tuple(lora for lora, _ in loras),
+            guests=Guests(guests),
         )
 
     @property
     def triggers(self) -> tuple[str, ...]:
-        """The words that the merged LoRAs answer to."""
-        return tuple(dict.fromkeys(word for lora in self.loras for word in lora.triggers))
+        """The words that the run's LoRAs answer to."""
+        files = [*self.loras, *(guest.file for guest in self.guests.all)]
+        return tuple(dict.fromkeys(word for lora in files for word in lora.triggers))
 
     def lora_lines(self) -> list[str]:
         """What is merged, for people."""
         lines = [
             f"{applied.name} at {applied.strength:g}: {lora.summary()}, merged into the teacher"
             for lora, applied in zip(self.loras, self.checkpoint.loras, strict=True)
+        ]
+        lines += [
+            f"{guest.file.path.stem} at {guest.low:g} to {guest.high:g}: {guest.file.summary()}, applied to "
+            f"{len(guest.updates)} layers of both UNets in {self.guests.share:.0%} of the batches"
+            for guest in self.guests.all
         ]
         if self.triggers:
             words = ", ".join(self.triggers)
@@ -175,6 +189,7 @@ def settle(
     ):
         values.setdefault(optional, None)
     values.update(demo=demo, guidance=tuple(values["guidance"]), lora=tuple(values["lora"]))
+    values.update(with_lora=tuple(values["with_lora"]))
     options: dict[str, Any] = {
         o.name: values.pop(o.name, o.default) for o in options_of(find_methods()[values["method"]])
     }
@@ -359,9 +374,10 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
     )
     del student, trained, parameters
     folder = request.folder(Path(settings.cache_dir))
+    loop = _loop_settings(settings)
     return make_plan(
         phases,
-        _loop_settings(settings),
+        dataclasses.replace(loop, trajectory_share=loop.trajectory_share * (1 - teacher.guests.share)),
         costs,
         on_trajectory=isinstance(request, TeacherSampleRequest),
         sample_evaluations=request.evaluations if not folder.exists() else 0,
@@ -503,10 +519,11 @@ def run_all(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> di
         teacher_prediction=checkpoint.prediction_type,
         schedule=checkpoint.schedule,
         samples=samples,
-        new_unet=lambda: checkpoint.unet(conditioned=True),
+        new_unet=lambda: teacher.guests.welcome(checkpoint.unet(conditioned=True)),
         finished=finished,
         look=_looker(settings, teacher),
         out=out,
+        guests=teacher.guests,
     )
     train(job, _loop_settings(settings), device=torch.device(settings.device))
     verdict = _report(settings, phases, teacher)
@@ -572,6 +589,7 @@ def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> st
         "training": f"batch {settings.batch_size}, lr {settings.lr:g}, updates {settings.updates}",
         "seed": str(settings.seed),
         **{f"LoRA {lora.name}": f"merged at strength {lora.strength:g}" for lora in teacher.checkpoint.loras},
+        **_answers(settings, teacher),
         "computed in": f"{settings.precision} on {settings.device}",
     }
     write_report(
@@ -587,6 +605,32 @@ def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> st
     for number, (_, image) in enumerate(shown.pictures, 1):
         save_png(image, out / "samples" / f"report-{number}.png")
     return shown.verdict
+
+
+def _answers(settings: Settings, teacher: Teacher) -> dict[str, str]:
+    """How the student answers to each LoRA that it was trained beside, in the report's words."""
+    if not (settings.report_prompts and teacher.guests.all):
+        return {}
+    dtype = DTYPES[settings.precision]
+    seed = settings.seed + 2
+    prompts = _prompts(settings, teacher, settings.report_prompts, seed=seed)
+
+    def latents(checkpoint: Checkpoint) -> Tensor:
+        painter = Painter.open(checkpoint, device=settings.device, dtype=dtype)
+        seeds = range(seed, seed + len(prompts))
+        return painter.latents(prompts, seeds=seeds, guidance=settings.guidance_default).x0
+
+    student = open_for_people(Path(settings.out) / "student.safetensors", tokenizer=_path(settings.tokenizer))
+    said: dict[str, str] = {}
+    for guest in teacher.guests.all:
+        answers = answers_to(guest.file, teacher=teacher.checkpoint, student=student, latents=latents)
+        said[f"with LoRA {guest.file.path.stem}"] = "; ".join(
+            f"at {answer.strength:g} it acts as in the teacher at {answer.equivalent:.2f}, error "
+            f"{answer.error:.0%} of its effect ({answer.plain_error:.0%} without it)"
+            for answer in answers
+        )
+        log.info("with %s: %s", guest.file.path.stem, said[f"with LoRA {guest.file.path.stem}"])
+    return said
 
 
 def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> Showcase:

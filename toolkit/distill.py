@@ -134,6 +134,13 @@ def _parse() -> argparse.Namespace:
         metavar="FILE[:STRENGTH]",
         help="a LoRA merged into the teacher first, at this strength (default: 1); repeatable",
     )
+    add(
+        "--with-lora",
+        action="append",
+        metavar="FILE[:LO-HI]",
+        help="a LoRA that goes on working with the student: applied to teacher and student alike in every "
+        "second batch, at a random strength (default: 0.4-1.2); repeatable",
+    )
     add("--negative", metavar="TEXT", help="negative prompt distilled into the student (default: none)")
     add(
         "--data",

@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,6 +35,7 @@ from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import NoiseSchedule
 from ..runtime.files import atomic_path
 from .adapters import COND_PROJ, Holder, LoraShape, OneNetwork, TwoNetworks
+from .guests import Guests
 from .networks import DTYPES
 from .samples import GuidanceRange, Samples, derived_seed, draw_batch
 
@@ -69,7 +70,7 @@ class Job:
 
     ``new_unet()`` gives the teacher's network with a zero-initialised guidance input, in float32.
     ``finished`` writes a phase's student from its averaged weights, of a LoRA those alone that were trained;
-    ``look`` is shown the current student for sample pictures.
+    ``look`` is shown the current student for sample pictures. ``guests`` reach the networks of ``new_unet``.
     """
 
     phases: Sequence[Phase]
@@ -80,6 +81,7 @@ class Job:
     finished: Callable[[Phase, dict[str, Tensor]], None]
     look: Callable[[str, NetworkDenoiser, Phase], None]
     out: Path
+    guests: Guests = field(default_factory=Guests)
 
 
 @dataclass
@@ -217,19 +219,22 @@ class PhaseTrainer:
             group["lr"] = lr
         total = 0.0
         for part in indices.split(settings.micro_batch):
-            batch = draw_batch(
-                self.job.samples,
-                part,
-                guidance=settings.guidance,
-                trajectory_share=settings.trajectory_share,
-                generator=generator,
-                device=self.device,
-            )
-            losses = self.phase.loss(
-                student=self.student, teacher=self.teacher, batch=batch, generator=generator
-            )
-            loss = losses.sum() / settings.batch_size
-            self.accelerator.backward(loss)
+            with self.job.guests.visit(generator) as visited:
+                batch = draw_batch(
+                    self.job.samples,
+                    part,
+                    guidance=settings.guidance,
+                    trajectory_share=0.0 if visited else settings.trajectory_share,
+                    generator=generator,
+                    device=self.device,
+                )
+                if visited:  # the kept trajectories are the teacher's without a guest
+                    batch = replace(batch, states=None, state_timesteps=())
+                losses = self.phase.loss(
+                    student=self.student, teacher=self.teacher, batch=batch, generator=generator
+                )
+                loss = losses.sum() / settings.batch_size
+                self.accelerator.backward(loss)
             total += float(loss.detach())
         self._require_finite(total)
         self.accelerator.clip_grad_norm_(self.trained.values(), settings.clip)

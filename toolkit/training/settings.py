@@ -41,6 +41,7 @@ class Settings:
     guidance_default: float
     negative: str
     lora: tuple[str, ...]
+    with_lora: tuple[str, ...]
     data: str | None
     prompts: str | None
     pictures: int
@@ -88,6 +89,7 @@ EVERYWHERE = Defaults(
         guidance_default=7.5,
         negative="",
         lora=(),
+        with_lora=(),
         trajectory_share=0.5,
         seed=0,
         cache_dir="runs/cache",
