@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from make_checkpoint import make_spec, make_student, make_teacher, make_tokenizer
+from make_lora import ATTENTION, named, random_factors, save_lora, weights_of
 from torch import Tensor
 
 from toolkit import evaluate
@@ -256,6 +257,20 @@ def test_the_command_writes_rows_and_pictures(folder, tmp_path, capsys):
     }
     assert {row["steps"] for row in rows if row["model"] == "teacher"} == {3, 2, 1}
     assert {file.name for file in tmp_path.glob("*.png")} == {"guidance.png", "steps.png", "strength.png"}
+
+
+def test_a_teachers_loras_are_merged_and_one_that_a_student_lacks_is_said(folder, tmp_path, capsys, caplog):
+    teacher = open_checkpoint(folder / "teacher.safetensors")
+    tensors = named("kohya", teacher, random_factors(weights_of(teacher, ATTENTION)))
+    style = save_lora(tmp_path / "style.safetensors", tensors)
+    rows: list[list[float]] = []
+    for more in ((), ("--lora", f"{style}:0.5"), ("--lora", str(style))):
+        evaluate.main(command(folder, tmp_path, *more, "--json"))
+        found = json.loads(capsys.readouterr().out)["rows"]
+        rows.append([row["psnr_teacher"] for row in found if row["model"] == "student"])
+        said = "its teacher had these LoRAs merged: none; give the same by --lora"
+        assert (said in caplog.text) == bool(more)
+    assert rows[0] != rows[1] != rows[2], "the pictures of another strength are not taken for these"
 
 
 @pytest.mark.parametrize(

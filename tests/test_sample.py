@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from make_checkpoint import make_spec, make_student, make_teacher, make_tokenizer
+from make_lora import ATTENTION, named, random_factors, save_lora, weights_of
 from PIL import Image
 
 from toolkit import opening, sample
@@ -18,6 +19,7 @@ from toolkit.diffusion.errors import BadInput
 from toolkit.evaluation.painter import Painter
 from toolkit.evaluation.pictures import to_image
 from toolkit.training.checkpoint import open_checkpoint
+from toolkit.training.lora import merge_loras, read_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -176,3 +178,21 @@ def test_the_precision_follows_the_device_unless_it_is_named():
     assert opening.choose_dtype(None, torch.device("cpu")) == torch.float32
     assert opening.choose_dtype(None, torch.device("cuda")) == torch.float16
     assert opening.choose_dtype("bf16", torch.device("cuda")) == torch.bfloat16
+
+
+def test_a_lora_is_merged_into_what_is_sampled_and_stands_in_the_picture(folder, tmp_path):
+    checkpoint = open_checkpoint(folder / "student.safetensors", tokenizer=folder / "tokenizer")
+    factors = random_factors(weights_of(checkpoint, ATTENTION))
+    style = save_lora(tmp_path / "style.safetensors", named("kohya", checkpoint, factors))
+    paint(folder, tmp_path / "a.png", "--lora", f"{style}:0.5", "--guidance", "5")
+    merged = merge_loras(checkpoint, [(read_lora(style), 0.5)])
+    image = Image.open(tmp_path / "a.png")
+    assert (
+        image.tobytes()
+        == to_image(Painter.open(merged).paint(["a red fox"], seeds=[0], guidance=5)[0]).tobytes()
+    )
+    assert (
+        image.tobytes()
+        != to_image(Painter.open(checkpoint).paint(["a red fox"], seeds=[0], guidance=5)[0]).tobytes()
+    )
+    assert "LoRAs: style 0.5" in image.text["parameters"]

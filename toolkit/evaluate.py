@@ -23,6 +23,7 @@ from .evaluation.showcase import side_by_side, verdict
 from .opening import add_parts, choose_device, choose_dtype, is_demo, open_for_people, parts_of
 from .runtime.files import atomic_path
 from .training.checkpoint import Checkpoint
+from .training.lora import with_loras
 from .training.networks import DTYPES
 from .training.prompts import built_in_prompts, read_prompts
 
@@ -46,11 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = choose_device(asked.device)
     dtype = choose_dtype(asked.precision, device)
     parts = parts_of(asked)
-    teacher = open_for_people(asked.teacher, **parts)
+    teacher = with_loras(open_for_people(asked.teacher, **parts), asked.lora)
     if teacher.kind != "teacher":
         raise BadInput(f"{teacher.path}: this is a {teacher.kind}; give the teacher as --teacher")
     parts.pop("override")
     students = {name: open_for_people(path, **parts) for name, path in _student_files(asked.student).items()}
+    _say_other_loras(teacher, students)
     demo = is_demo(teacher)
     painters = {name: Painter.open(student, device=device, dtype=dtype) for name, student in students.items()}
     evaluation = Evaluation(
@@ -103,6 +105,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--strength", type=float, nargs="*", default=[], metavar="F", help="image to image as well")
     add("--samples", type=int, default=256, metavar="N", help="pictures a row (default 256)")
     add("--seed", type=int, default=0, help="of the first picture, the others follow (default 0)")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA merged into the teacher first, as it was for the student; repeatable",
+    )
     add("--negative", default="", metavar="TEXT", help="the teacher's negative prompt")
     add("--reference-steps", type=int, default=50, metavar="N", help="of the teacher's DDIM (default 50)")
     add("--batch-size", type=int, metavar="N", help="pictures at once (default: by their size)")
@@ -179,6 +188,14 @@ def _yardstick(seed: int) -> Yardstick:
     return Yardstick(judge, features(judge, drawings))
 
 
+def _say_other_loras(teacher: Checkpoint, students: Mapping[str, Checkpoint]) -> None:
+    given = [(lora.sha256, lora.strength) for lora in teacher.loras]
+    for name, student in students.items():
+        if student.spec and [(lora.sha256, lora.strength) for lora in student.spec.loras] != given:
+            theirs = ", ".join(f"{lora.name}:{lora.strength:g}" for lora in student.spec.loras) or "none"
+            log.warning("%s: its teacher had these LoRAs merged: %s; give the same by --lora", name, theirs)
+
+
 def _identities(
     teacher: Checkpoint, students: Mapping[str, Checkpoint], asked: argparse.Namespace
 ) -> dict[str, str]:
@@ -186,7 +203,8 @@ def _identities(
     parts = (*parts_of(asked).values(), asked.precision, asked.device)
     how = " ".join(map(str, parts))
     every = {teacher.name: teacher, **students}
-    return {name: f"{checkpoint.sha256} {how}" for name, checkpoint in every.items()}
+    loras = {name: "".join(f" {lora}" for lora in checkpoint.loras) for name, checkpoint in every.items()}
+    return {name: f"{checkpoint.sha256} {how}{loras[name]}" for name, checkpoint in every.items()}
 
 
 def _write_results(asked: argparse.Namespace, evaluation: Evaluation, rows: Sequence[Row]) -> None:

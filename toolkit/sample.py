@@ -29,6 +29,7 @@ from .evaluation.pictures import save_png, to_image
 from .opening import add_parts, choose_device, choose_dtype, open_for_people, parts_of
 from .runtime.samplers import start_timestep
 from .training.checkpoint import Checkpoint
+from .training.lora import with_loras
 from .training.networks import DTYPES
 from .training.samples import load_grey, load_picture
 
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"seed {asked.seed} and count {asked.count}: the seed must be 0 to 2^63 - 1, the count at least 1"
         )
     device = choose_device(asked.device)
-    checkpoint = open_for_people(asked.ckpt, **parts_of(asked))
+    checkpoint = with_loras(open_for_people(asked.ckpt, **parts_of(asked)), asked.lora)
     plan = _checked_plan(checkpoint, asked)
     size = _size(checkpoint, asked)
     fill = None if asked.mask is None else _fill(asked)
@@ -107,6 +108,13 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="evaluations; a student has its own number, a teacher's default is 50",
+    )
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA merged into the model first (default strength 1); repeatable",
     )
     add("--seed", type=int, default=0, metavar="S", help="of the first picture (default 0)")
     add("--count", type=int, default=1, metavar="N", help="pictures, with the seeds S, S + 1 ... (default 1)")
@@ -291,6 +299,11 @@ def _parameters(
         "Seed": str(seed),
         "Size": f"{image.shape[2]}x{image.shape[1]}",
         "Model": checkpoint.name,
+        **(
+            {"LoRAs": ", ".join(f"{a.name} {a.strength:g}" for a in checkpoint.loras)}
+            if checkpoint.loras
+            else {}
+        ),
     }
     if asked.init_image is not None:
         settings["Denoising strength"] = f"{_strength(asked):g}"

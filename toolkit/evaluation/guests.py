@@ -17,7 +17,8 @@ STRENGTHS = (0.4, 0.7, 1.0, 1.2)
 class Answer:
     """``error``: of student + LoRA against teacher + LoRA, relative to what the LoRA changes in the teacher;
     ``plain_error``: of student against teacher without it, on the same scale. ``equivalent``: the strength
-    at which the LoRA changes the teacher's pictures as much, in the teacher's own direction.
+    at which the LoRA changes the teacher's pictures as much, in the teacher's own direction; it reads low
+    where pictures of the two models differ for other reasons.
     """
 
     strength: float

@@ -302,6 +302,12 @@ def merge_loras(checkpoint: Checkpoint, loras: Sequence[tuple[LoraFile, float]])
     return replace(checkpoint, tensors=tensors, loras=applied)
 
 
+def with_loras(checkpoint: Checkpoint, texts: Sequence[str]) -> Checkpoint:
+    """The checkpoint with the LoRAs ``FILE[:STRENGTH]`` merged in."""
+    asked = [parse_lora(text) for text in texts]
+    return merge_loras(checkpoint, [(read_lora(file), strength) for file, strength in asked])
+
+
 def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """What a LoRA's maker says that it answers to; else what nearly every caption of its training has."""
     said = [
