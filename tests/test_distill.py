@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,9 +23,11 @@ from PIL import Image
 from toolkit import distill
 from toolkit.diffusion.errors import BadInput
 from toolkit.runtime.files import load_tensors, read_spec, save_tensors, sha256_of
-from toolkit.training import plan
+from toolkit.training import loop, plan
 from toolkit.training.checkpoint import open_checkpoint
+from toolkit.training.guests import Guests
 from toolkit.training.prompts import with_triggers
+from toolkit.training.samples import draw_batch
 
 ROOT = Path(__file__).parents[1]
 
@@ -314,11 +317,30 @@ def test_trigger_words_stand_in_every_second_prompt():
     assert with_triggers(["a", "b"], []) == ["a", "b"]
 
 
-def test_a_lora_beside_the_run_changes_the_student_and_is_measured(arguments, call, models, tmp_path):
+def test_a_lora_beside_the_run_changes_the_student_and_is_measured(
+    arguments, call, models, tmp_path, monkeypatch
+):
     teacher = open_checkpoint(models / "tiny.safetensors")
     tensors = named("kohya", teacher, random_factors(weights_of(teacher, ATTENTION)))
     style = save_lora(tmp_path / "style.safetensors", tensors)
     before = style.read_bytes()
+    asked = set()
+
+    def spied(*rest, trajectory_share, **more):
+        asked.add((present.now, trajectory_share))
+        return draw_batch(*rest, trajectory_share=trajectory_share, **more)
+
+    present = SimpleNamespace(now=False)
+
+    @contextmanager
+    def visit(self, generator):
+        with whole_visit(self, generator) as visited:
+            present.now = visited
+            yield visited
+
+    whole_visit = Guests.visit
+    monkeypatch.setattr(Guests, "visit", visit)
+    monkeypatch.setattr(loop, "draw_batch", spied)
     call(arguments)
     plain = (tmp_path / "run" / "student.safetensors").read_bytes()
     for name, more in (("full", []), ("lora", ["--student", "lora", "--rank", "2"])):
@@ -330,3 +352,4 @@ def test_a_lora_beside_the_run_changes_the_student_and_is_measured(arguments, ca
     spec = read_spec(tmp_path / "full" / "student.safetensors")
     assert spec is not None and spec.loras == ()
     assert style.read_bytes() == before
+    assert asked == {(False, 0.5), (True, 0.0)}, "kept trajectories are those without the LoRA"

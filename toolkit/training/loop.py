@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -220,6 +220,7 @@ class PhaseTrainer:
         total = 0.0
         for part in indices.split(settings.micro_batch):
             with self.job.guests.visit(generator) as visited:
+                # Kept trajectories are the teacher's without a guest.
                 batch = draw_batch(
                     self.job.samples,
                     part,
@@ -228,8 +229,6 @@ class PhaseTrainer:
                     generator=generator,
                     device=self.device,
                 )
-                if visited:  # the kept trajectories are the teacher's without a guest
-                    batch = replace(batch, states=None, state_timesteps=())
                 losses = self.phase.loss(
                     student=self.student, teacher=self.teacher, batch=batch, generator=generator
                 )
