@@ -387,7 +387,7 @@ def load_picture(path: Path, width: int, height: int) -> Tensor:
     read.
     """
     image = _read(path, "RGB")
-    image.resize(_covering(image.size, width, height), Image.Resampling.LANCZOS)
+    image = image.resize(_covering(image.size, width, height), Image.Resampling.LANCZOS)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     image = image.crop((left, top, left + width, top + height))
     values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
