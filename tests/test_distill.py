@@ -26,9 +26,8 @@ from toolkit.runtime.files import load_tensors, read_spec, save_tensors, sha256_
 from toolkit.training import loop, plan
 from toolkit.training.checkpoint import open_checkpoint
 from toolkit.training.guests import Guests
-from toolkit.training.samples import load_picture
 from toolkit.training.prompts import with_triggers
-from toolkit.training.samples import draw_batch
+from toolkit.training.samples import draw_batch, load_picture
 
 ROOT = Path(__file__).parents[1]
 
@@ -358,7 +357,7 @@ def test_a_lora_beside_the_run_changes_the_student_and_is_measured(
 
 def test_a_picture_is_scaled_to_cover_before_it_is_cut(tmp_path):
     wide = Image.new("RGB", (200, 80), "blue")
-    wide.paste("red", (60, 0, 140, 80))
+    wide.paste("red", (50, 0, 150, 80))
     wide.save(tmp_path / "wide.png")
     cut = load_picture(tmp_path / "wide.png", 32, 32)
     assert cut.shape == (3, 32, 32) and float(cut[0].min()) > 0.99 and float(cut[2].max()) < 0.01
