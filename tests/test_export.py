@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from make_checkpoint import make_spec, make_student, make_teacher, make_tokenizer
+from make_checkpoint import TINY, make_spec, make_student, make_teacher, make_tokenizer
 from test_files import without_folders
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from toolkit.training.export import export_baked, export_checkpoint, export_diff
 from toolkit.training.layout import COND_PROJ
 
 PREDICTIONS = ("epsilon", "v_prediction")
+TELLING = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 SHIFTED = "model.diffusion_model.time_embed.0.bias"
 
 
@@ -111,7 +112,21 @@ def test_a_baked_v_student_tells_every_host_so(tmp_path: Path) -> None:
     assert params["unet_config"]["params"]["attention_resolutions"] == [1]
     assert params["first_stage_config"]["params"]["ddconfig"]["ch_mult"] == [1, 2]
     assert exported.files == (tmp_path / "baked.safetensors", tmp_path / "baked.yaml")
-    assert any("ModelSamplingDiscrete" in note for note in exported.notes)
+    assert any("cannot tell of Stable Diffusion 1: put ModelSampling" in note for note in exported.notes)
+
+
+def test_what_comfyui_makes_of_a_baked_v_student_is_said_by_family(tmp_path: Path) -> None:
+    """That ComfyUI does so is tested with its own code."""
+    notes: dict[str, str] = {}
+    for name, family, telling in (("sd2", "sd2", 0.0), ("sd2 v", "sd2", 0.2), ("sdxl", "sdxl", 0.0)):
+        spec = make_spec(family=family, prediction_type="v_prediction")
+        path = make_student(tmp_path / f"{name}.safetensors", spec=spec, shape=TINY[family])
+        student = open_checkpoint(path)
+        bias = telling * torch.tensor([-1.0, 1.0])
+        student = dataclasses.replace(student, tensors={**student.tensors, TELLING: bias})
+        notes[name] = export._comfyui_note(student)
+    assert "cannot tell of Stable Diffusion 2" in notes["sd2"] and "statistic" in notes["sd2 v"]
+    assert "v_pred" in notes["sdxl"] and "ModelSampling" not in notes["sdxl"]
 
 
 def test_a_baked_epsilon_student_needs_nothing_beside_it(epsilon: Checkpoint, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
@@ -124,17 +123,55 @@ def test_a_run_trains_every_phase_and_leaves_a_student_of_each(tmp_path):
     assert [(line["phase"], line["update"]) for line in lines] == [("guided", 4), ("fold-1", 3)]
 
 
+def watch(loss, factor):
+    """The loss, times what ``factor`` says at each call."""
+
+    def call(**arguments):
+        return loss(**arguments) * factor()
+
+    return call
+
+
 def test_a_run_in_bf16_keeps_float32_weights_and_learns_about_the_same(tmp_path):
     losses: dict[str, list[float]] = {}
     for precision in ("fp32", "bf16"):
-        AcceleratorState._reset_state(reset_partial_state=True)
         work, students = job(tmp_path / precision)
         train(work, dataclasses.replace(SETTINGS, precision=precision), device=CPU)
         assert {value.dtype for value in students["fold-1"].values()} == {torch.float32}
         lines = (tmp_path / precision / "run.jsonl").read_text().splitlines()
         losses[precision] = [json.loads(line)["loss"] for line in lines]
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05) and losses["bf16"] != losses["fp32"]
+
+
+def test_in_fp16_gradients_are_unscaled_and_an_update_that_overflows_is_left_out(tmp_path, monkeypatch):
+    norms: list[float] = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def clipped(parameters, limit):
+        norms.append(float(clip(parameters, limit)))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    measured: dict[str, list[float]] = {}
+    for precision in ("fp32", "fp16"):
+        work, _ = job(tmp_path / precision)
+        guided = dataclasses.replace(work, phases=work.phases[:1])
+        train(guided, dataclasses.replace(SETTINGS, precision=precision, updates=(4,)), device=CPU)
+        measured[precision], norms = norms, []
+    assert measured["fp16"] == pytest.approx(measured["fp32"], rel=0.05)
+
+    factors = iter([1.0, 1.0, 1e38, 1e38] + [1.0] * 100)  # two micro-batches an update
+    work, students = job(tmp_path / "overflows")
+    watched = [dataclasses.replace(p, loss=watch(p.loss, lambda: next(factors))) for p in work.phases[:1]]
+    settings = dataclasses.replace(SETTINGS, precision="fp16", updates=(4,))
+    train(dataclasses.replace(work, phases=watched), settings, device=CPU)
+    assert [math.isfinite(norm) for norm in norms] == [True, False, True, True]
+    assert all(bool(value.isfinite().all()) for value in students["guided"].values())
+
+    work, _ = job(tmp_path / "always")
+    watched = [dataclasses.replace(p, loss=watch(p.loss, lambda: 1e38)) for p in work.phases]
+    settings = dataclasses.replace(SETTINGS, precision="fp16", updates=(40, 1))
+    with pytest.raises(BadInput, match=r"gradients of phase guided overflow .*--precision bf16"):
+        train(dataclasses.replace(work, phases=watched), settings, device=CPU)
 
 
 def one_network() -> OneNetwork:
@@ -208,7 +245,6 @@ def test_a_lora_run_keeps_one_network_and_only_what_is_trained_in_states(tmp_pat
 
 
 def test_a_lora_run_in_bf16_trains_float32_and_starts_as_its_teacher(tmp_path):
-    AcceleratorState._reset_state(reset_partial_state=True)
     asked: list[bool] = []
 
     def compared(loss):
@@ -225,7 +261,6 @@ def test_a_lora_run_in_bf16_trains_float32_and_starts_as_its_teacher(tmp_path):
     watched = [dataclasses.replace(phase, loss=compared(phase.loss)) for phase in work.phases]
     settings = dataclasses.replace(LORA, precision="bf16")
     train(dataclasses.replace(work, phases=watched), settings, device=CPU)
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert asked[0] and not asked[-1]
     assert {value.dtype for value in students["fold-1"].values()} == {torch.float32}
 

@@ -220,8 +220,14 @@ def _device(asked: Mapping[str, Any]) -> str:
 
 
 def _precision(asked: Mapping[str, Any], *, small: bool) -> str:
-    on_gpu = not _device(asked).startswith("cpu")
-    return asked.get("precision") or ("bf16" if on_gpu and not small else "fp32")
+    """On a GPU bf16, or fp16 where it has none (before Ampere), whose gradients need scaling."""
+    if asked.get("precision"):
+        return asked["precision"]
+    device = _device(asked)
+    if small or device.startswith("cpu"):
+        return "fp32"
+    has_bf16 = not device.startswith("cuda") or torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp16"
 
 
 def _choose_student(asked: Mapping[str, Any], teacher: Teacher, *, device: str, precision: str) -> Chosen:

@@ -177,7 +177,7 @@ def _parse() -> argparse.Namespace:
     add(
         "--precision",
         choices=list(DTYPES),
-        help="compute in (default: bf16 on a GPU for large networks, else fp32)",
+        help="compute in (default: on a GPU for large networks bf16, where it has none fp16; else fp32)",
     )
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="weights of the student's file")

@@ -347,10 +347,7 @@ def prediction_type_of(weights: Weights, spec: StudentSpec | None, found: Recogn
         return _said_by_yaml(yaml.read_text("utf-8-sig", errors="replace"))
     if scheduler or modelspec_says or found.family != "sd2" or _TELLING not in found.tensors:
         return said
-    if found.tensors[UNET_PREFIX + "input_blocks.0.0.weight"].shape[1] != 4:
-        return said
-    spread = float(found.tensors[_TELLING].float().std(correction=0))
-    guess: PredictionType = "v_prediction" if spread > 0.09 else "epsilon"
+    guess = seen_by_comfyui(found.tensors, "sd2")
     other = "epsilon" if guess == "v_prediction" else "v_prediction"
     log.info(
         "%s: nothing in it says what it predicts; taken for %s, as a statistic of its weights suggests "
@@ -360,6 +357,17 @@ def prediction_type_of(weights: Weights, spec: StudentSpec | None, found: Recogn
         other,
     )
     return guess
+
+
+def seen_by_comfyui(tensors: Mapping[str, Tensor], family: str) -> PredictionType:
+    """What a stock ComfyUI takes a checkpoint for: it reads the key ``v_pred`` of SDXL alone, and judges
+    Stable Diffusion 2 by a statistic of a weight."""
+    if family == "sdxl":
+        return "v_prediction" if V_PRED in tensors else "epsilon"
+    is_plain = tensors[UNET_PREFIX + "input_blocks.0.0.weight"].shape[1] == 4
+    if family != "sd2" or _TELLING not in tensors or not is_plain:
+        return "epsilon"
+    return "v_prediction" if float(tensors[_TELLING].float().std(correction=0)) > 0.09 else "epsilon"
 
 
 def _said_by_yaml(text: str) -> PredictionType:

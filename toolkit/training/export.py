@@ -29,7 +29,14 @@ from ..diffusion.errors import BadInput
 from ..diffusion.guidance import bias_shift, w_embedding
 from ..diffusion.spec import StudentSpec
 from ..runtime.files import atomic_path, load_tensors, read_spec, save_tensors
-from .checkpoint import Checkpoint, is_finite, open_checkpoint, student_metadata, write_checkpoint
+from .checkpoint import (
+    Checkpoint,
+    is_finite,
+    open_checkpoint,
+    seen_by_comfyui,
+    student_metadata,
+    write_checkpoint,
+)
 from .families import SD1, UNET_PREFIX, Family, TextEncoder
 from .layout import COND_PROJ, PROJECTION, text_from_ldm, unet_from_ldm, vae_from_ldm
 from .networks import added_conditions, random_cond
@@ -101,11 +108,12 @@ def export_baked(
         _same_tensors(found.tensors, tensors, path)
         yaml = _write_sidecar(student, path)
     notes = (f"guidance {guidance:g} is folded in: use cfg 1 in hosts", *_sampling_notes(spec))
-    if yaml is None and student.prediction_type == "v_prediction":
-        notes = (*notes, "it predicts v: hosts tell by its key v_pred" + (" and ztsnr" if spec.ztsnr else ""))
+    if student.prediction_type == "v_prediction":
+        notes = (*notes, _comfyui_note(student))
     if yaml is None:
         return Exported((path,), difference, notes)
-    return Exported((path, yaml), difference, (*notes, *_velocity_notes(yaml)))
+    notes = (*notes, f"A1111 and Forge read {yaml.name}, which must stand beside the checkpoint")
+    return Exported((path, yaml), difference, notes)
 
 
 def export_lora(
@@ -448,11 +456,16 @@ def _prediction_notes(student: Checkpoint) -> tuple[str, ...]:
     )
 
 
-def _velocity_notes(yaml: Path) -> tuple[str, ...]:
+def _comfyui_note(student: Checkpoint) -> str:
+    """How a stock ComfyUI comes to know that a plain checkpoint predicts v."""
+    if student.family == "sdxl":
+        return "it predicts v: hosts tell by its key v_pred" + (" and ztsnr" if student.ztsnr else "")
+    node = "ModelSamplingDiscrete (v_prediction" + (", zsnr" if student.ztsnr else "") + ")"
+    if seen_by_comfyui(student.tensors, student.family) == "v_prediction" and not student.ztsnr:
+        return "it predicts v, and ComfyUI takes it for that, going by a statistic of its weights"
     return (
-        "it predicts v: ComfyUI tells by its key v_pred; where it does not, put ModelSamplingDiscrete "
-        "(v_prediction) after the loader",
-        f"A1111 and Forge read {yaml.name}, which must stand beside the checkpoint",
+        f"it predicts v, which a stock ComfyUI cannot tell of {student.of.name}: put {node} after the "
+        "loader, or the pictures are noise"
     )
 
 

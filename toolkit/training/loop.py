@@ -21,7 +21,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import Parameter
@@ -101,16 +100,13 @@ def train(job: Job, settings: LoopSettings, *, device: torch.device) -> None:
 
     Raises BadInput when the loss is not finite, and Interrupted after Ctrl+C or SIGTERM, the state saved.
     """
-    accelerator = Accelerator(
-        mixed_precision=settings.precision if settings.precision != "fp32" else "no",
-        cpu=device.type == "cpu",
-    )
+    scaler = torch.GradScaler(device.type, enabled=settings.precision == "fp16")
     state = job.out / "state"
     saved = load_state(state / "latest.pt")
     progress = Progress(saved["phase"], saved["update"]) if saved else Progress()
     cut_back(job.out / "run.jsonl", progress)
     done = sum(settings.updates[: progress.phase]) + progress.update
-    holder = _holder(job, settings, accelerator, device)
+    holder = _holder(job, settings, device)
     with (
         tqdm(total=sum(settings.updates), initial=done, unit="update", dynamic_ncols=True) as bar,
         stop_requests() as stop,
@@ -119,7 +115,7 @@ def train(job: Job, settings: LoopSettings, *, device: torch.device) -> None:
             start = NetworkDenoiser(holder.untrained(), job.schedule, job.teacher_prediction)
             job.look("start", start, job.phases[0])
         for index in range(progress.phase, len(job.phases)):
-            trainer = PhaseTrainer(job, settings, index, holder, accelerator, device)
+            trainer = PhaseTrainer(job, settings, index, holder, scaler, device)
             if saved is not None and "student" in saved:
                 trainer.restore(saved)
             saved = None
@@ -133,11 +129,12 @@ def train(job: Job, settings: LoopSettings, *, device: torch.device) -> None:
             del trainer
 
 
-def _holder(job: Job, settings: LoopSettings, accelerator: Accelerator, device: torch.device) -> Holder:
-    def in_precision(network: Network) -> Network:
-        return autocast(network, accelerator)
-
+def _holder(job: Job, settings: LoopSettings, device: torch.device) -> Holder:
     dtype = DTYPES[settings.precision]
+
+    def in_precision(network: Network) -> Network:
+        return autocast(network, device, dtype)
+
     if settings.lora is None:
         return TwoNetworks(job.new_unet, device, dtype, in_precision)
     seed = derived_seed(settings.seed, settings.lora.rank)
@@ -157,11 +154,11 @@ class PhaseTrainer:
         settings: LoopSettings,
         index: int,
         holder: Holder,
-        accelerator: Accelerator,
+        scaler: torch.GradScaler,
         device: torch.device,
     ) -> None:
         self.job, self.settings, self.index = job, settings, index
-        self.phase, self.accelerator, self.device = job.phases[index], accelerator, device
+        self.phase, self.scaler, self.device = job.phases[index], scaler, device
         self.update = 0
         self.state_path = job.out / "state" / "latest.pt"
         previous = load_state(job.out / "state" / f"phase-{index - 1}.pt")
@@ -233,15 +230,26 @@ class PhaseTrainer:
                     student=self.student, teacher=self.teacher, batch=batch, generator=generator
                 )
                 loss = losses.sum() / settings.batch_size
-                self.accelerator.backward(loss)
+                self.scaler.scale(loss).backward()
             total += float(loss.detach())
         self._require_finite(total)
-        self.accelerator.clip_grad_norm_(self.trained.values(), settings.clip)
-        self.optimizer.step()
+        self._step_optimizer()
         self.optimizer.zero_grad(set_to_none=True)
         self.update += 1
         self._average_weights()
         return total, lr
+
+    def _step_optimizer(self) -> None:
+        """In fp16 gradients are unscaled before they are clipped, and an overflowing update is left out."""
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), self.settings.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise BadInput(
+                f"in fp16 the gradients of phase {self.phase.name} overflow in every update; start anew with "
+                "--precision bf16, or fp32"
+            )
 
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -295,7 +303,7 @@ class PhaseTrainer:
             "student": {name: value.detach() for name, value in self.trained.items()},
             "average": self.average if self.settings.ema else None,
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            "scaler": self.scaler.state_dict(),
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -307,15 +315,15 @@ class PhaseTrainer:
         if self.settings.ema:
             self.average = {name: value.to(self.device) for name, value in saved["average"].items()}
         self.optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"] is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
 
 
-def autocast(network: Network, accelerator: Accelerator) -> Network:
-    """The network computing in the run's precision; what is done with its output stays in float32."""
+def autocast(network: Network, device: torch.device, dtype: torch.dtype) -> Network:
+    """The network computing in ``dtype``; what is done with its output stays in float32."""
 
     def call(z: Tensor, timestep: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
-        with accelerator.autocast():
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return network(z, timestep, cond, w)
 
     return call
