@@ -220,7 +220,7 @@ def applies(line: Requirement) -> bool:
 
 def test_the_constraints_pin_all_that_the_toolkit_and_its_tests_bring() -> None:
     pins = {canonicalize_name(line.name) for line in requirements("constraints.txt")}
-    waiting = [*requirements("requirements-training.txt"), Requirement("pytest")]
+    waiting = [*requirements("requirements-training.txt"), Requirement("pytest"), Requirement("pytest-xdist")]
     seen: set[str] = set()
     while waiting:
         name = canonicalize_name(waiting.pop().name)
@@ -277,6 +277,7 @@ def test_the_first_start_makes_the_environment_and_installs_and_the_second_does_
         "-r",
         "requirements-training.txt",
         "pytest",
+        "pytest-xdist",
         "-c",
         "constraints.txt",
     ]

@@ -53,8 +53,8 @@ JOBS = {
     ),
     "test": Job(
         help="run the tests",
-        packages=("-r", "requirements-training.txt", "pytest"),
-        command=("-m", "pytest"),
+        packages=("-r", "requirements-training.txt", "pytest", "pytest-xdist"),
+        command=("-m", "pytest", "-n", "logical", "--maxprocesses", "4", "--dist", "worksteal"),
     ),
 }
 

@@ -24,7 +24,7 @@ import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 
-STEPS, SIZE = 4, 32
+STEPS, SIZE = 4, 16
 
 
 class Server:

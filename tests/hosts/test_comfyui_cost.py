@@ -18,7 +18,7 @@ def test_four_steps_cost_four_evaluations_and_what_the_hosts_own_euler_adds(
     script = Path(__file__).with_name("measure_sampling.py")
     packages = [SITE, *comfyui_host.packages]
     done = subprocess.run(
-        [str(comfyui_host.python), str(script), str(ROOT), str(models.epsilon.path), "15"],
+        [str(comfyui_host.python), str(script), str(ROOT), str(models.epsilon.path), "9"],
         cwd=comfyui_host.folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, packages))},
         capture_output=True,
