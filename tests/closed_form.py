@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from toolkit.diffusion.denoiser import Cond
 from toolkit.diffusion.grid import Grid
+from toolkit.diffusion.hidden import show
 from toolkit.diffusion.prediction import velocity_from
-from toolkit.diffusion.schedule import CLEAN, NoiseSchedule, like
+from toolkit.diffusion.schedule import NoiseSchedule, like
 from toolkit.diffusion.solvers import chord_velocity, roll
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -24,6 +26,7 @@ class GaussianTeacher:
 
     def __call__(self, x: Tensor, sigma: Tensor, *, cond: Cond, w: Tensor | None = None) -> Tensor:
         s, mean = like(sigma, x), cond["mean"].to(x)
+        show(x)
         return mean + self.spread**2 / (self.spread**2 + s**2) * (x - mean)
 
     def velocity(self, x: Tensor, sigma: Tensor, *, cond: Cond, w: Tensor | None = None) -> Tensor:
@@ -42,6 +45,8 @@ class PerfectStudent:
     teacher: GaussianTeacher
     grid: Grid
     finer: Grid
+    cells: int = 1
+    roll: Callable[..., Tensor] = roll
 
     def velocity(self, x: Tensor, sigma: Tensor, *, cond: Cond, w: Tensor | None = None) -> Tensor:
         landed, end = self._landed(x, sigma, cond, w)
@@ -53,12 +58,16 @@ class PerfectStudent:
         return (t * landed - s * x) / (t - s)
 
     def _landed(self, x: Tensor, sigma: Tensor, cond: Cond, w: Tensor | None) -> tuple[Tensor, Tensor]:
-        k = len(self.finer) // len(self.grid)
-        finer = torch.tensor([*self.finer.timesteps, CLEAN])
+        k, ascending = len(self.finer) // len(self.grid), self.grid.ascending
+        points = torch.tensor(self.finer.points)
         timestep = SCHEDULE.timestep(sigma)
         first = self.grid.cell(timestep) * k
-        path = [SCHEDULE.sigma(torch.minimum(timestep, finer[first + i])).to(sigma) for i in range(k + 1)]
-        return roll(self.teacher, x, path, cond=cond, w=w), path[-1]
+        later = torch.maximum if ascending else torch.minimum
+        left = (len(self.finer) - first).clamp(max=self.cells * k)
+        steps = range(self.cells * k, -1, -1)
+        path = [later(timestep, points[first + (left - i).clamp(min=0)]) for i in steps]
+        sigmas = [SCHEDULE.sigma(t).to(sigma) for t in path]
+        return self.roll(self.teacher, x, sigmas, cond=cond, w=None), sigmas[-1]
 
 
 def means(batch: int, value: float | None = None) -> Cond:

@@ -205,3 +205,14 @@ def test_guidance_outside_the_trained_range_is_refused_with_the_range():
 
 def test_schedules_of_other_lengths_work():
     assert len(NoiseSchedule.scaled_linear(timesteps=64)) == 64
+
+
+def test_an_encoders_grid_is_the_trailing_one_backwards_and_finer_ones_keep_its_points():
+    grid = Grid.encoding(4)
+    assert grid.points == (0, 249, 499, 749, 999) and grid.ascending and not Grid.trailing(4).ascending
+    assert Grid.encoding(1).points == (0, 999)
+    assert grid.cell(torch.tensor([0, 100, 249, 998])).tolist() == [0, 0, 1, 3]
+    assert grid.refined(2).points == (0, 124, 249, 374, 499, 624, 749, 874, 999)
+    assert Grid.trailing(3).refined(2) == Grid.trailing(6)
+    assert Grid((999, 499, 9)).refined(2).points == (999, 749, 499, 254, 9, 4, -1)
+    assert grid.sigmas(SCHEDULE)[-1] == SCHEDULE.sigma(torch.tensor(999))

@@ -199,7 +199,7 @@ def test_a_config_file_says_the_same_as_flags_and_flags_win(arguments, call, tmp
         (["--guidance", "8", "2"], "expected 1 <= LO <= HI"),
         (["--guidance", "1", "nan"], "expected 1 <= LO <= HI"),
         (["--guidance-default", "9"], "lies outside --guidance 1 8"),
-        (["--method", "magic"], "--method magic: no such method; there are guided, progressive"),
+        (["--method", "magic"], "--method magic: no such method; there are guided, progressive, sfddm"),
         (["--updates", "1", "2", "3"], "this run has 2 phases (guided, fold-2)"),
         (["--updates", "0"], "every phase needs at least 1 update"),
         (["--resolution", "33"], "multiples of"),
@@ -310,6 +310,26 @@ def test_a_lora_is_merged_first_recorded_and_part_of_what_samples_are_found_by(
     call([*arguments, "--lora", f"{style}:0.6", "--resume"])
     with pytest.raises(BadInput, match="--lora"):
         call([*arguments, "--lora", f"{style}:0.7", "--resume"])
+
+
+def test_a_single_fold_to_a_list_of_timesteps_stochastic_unguided_and_as_a_lora(arguments, call, tmp_path):
+    for name in ("--finest", "--guidance-default"):
+        place = arguments.index(name)
+        del arguments[place : place + 2]
+    arguments[arguments.index("--guidance") + 2] = "1"
+    wanted = ["--method", "sfddm", "--timesteps", "999", "320", "--sampler", "stochastic", "--rank", "2"]
+    call([*arguments, *wanted, "--report-prompts", "1", "--on-policy", "0.5", "--inside", "0"])
+    out = tmp_path / "run"
+    for file, container in (("student", "checkpoint"), ("student-lora", "lora")):
+        spec = read_spec(out / f"{file}.safetensors")
+        assert spec is not None and spec.timesteps == (999, 320) and spec.sampler == "stochastic"
+        assert spec.w_embedding is None and not spec.has_dial and spec.baked_guidance is None
+        assert (spec.guidance_min, spec.guidance_max, spec.guidance_default) == (1, 1, 1)
+        assert spec.container == container and spec.method == "sfddm" and not spec.any_start
+        assert not [key for key in load_tensors(out / f"{file}.safetensors") if "cond_proj" in key]
+    (shard,) = (tmp_path / "cache").rglob("00000.safetensors")
+    assert load_tensors(shard)["states"].shape[1] == 16
+    call(["--resume", "--out", str(out)])
 
 
 def test_trigger_words_stand_in_every_second_prompt():

@@ -16,10 +16,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from toolkit.diffusion.denoiser import Guided, NetworkDenoiser
 from toolkit.diffusion.errors import BadInput
 from toolkit.diffusion.guidance import smooth_features
+from toolkit.diffusion.hidden import watching
 from toolkit.diffusion.method import Phase, Setting
+from toolkit.diffusion.prediction import prediction_from_velocity
 from toolkit.diffusion.schedule import NoiseSchedule
+from toolkit.methods import find_methods
 from toolkit.methods.progressive import Config, phases
 from toolkit.training.adapters import LoraShape, OneNetwork
 from toolkit.training.loop import (
@@ -413,3 +417,46 @@ def test_guidance_is_drawn_over_the_whole_range_with_more_at_its_low_end():
     assert float((drawn < 4).float().mean()) == pytest.approx(
         0.5 * 3 / 14 + 0.5 * math.log(4) / math.log(15), abs=0.02
     )
+
+
+def test_the_features_shown_make_the_output_also_those_of_the_guided_pair():
+    unet = tiny_unet(conditioned=False)
+    plain = NetworkDenoiser(unet_network(unet), SCHEDULE, "epsilon")
+    generator = torch.Generator().manual_seed(0)
+    x, text = torch.randn(3, 4, 4, 4, generator=generator), torch.randn(4, 5, 16, generator=generator)
+    sigma, w = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0.0, 3.0, 7.0])
+    guided = Guided(plain, {"text": text[3:]})
+    with torch.no_grad():
+        with watching() as seen:
+            velocity = guided.velocity(x, sigma, cond={"text": text[:3]}, w=w)
+        made = unet.conv_out(seen[0])
+    expected = prediction_from_velocity(velocity, x, sigma, "epsilon")
+    assert len(seen) == 1 and torch.allclose(made, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(find_methods()) - {"guided", "progressive"}))
+@EITHER
+def test_every_method_killed_and_resumed_gives_the_same_bytes(tmp_path, name, settings):
+    method = find_methods()[name]
+    setting = Setting(SCHEDULE, "epsilon", 2)
+    options = {"on_policy": 0.5} if hasattr(method.Config, "on_policy") else {}
+    found = method.phases(method.Config(**options), setting)
+    changes = dict(phases=found, new_unet=lambda: tiny_unet(conditioned=found[0].dial))
+    settings = dataclasses.replace(settings, updates=(3,) * len(found), state_minutes=0)
+    work, whole = job(tmp_path / "whole", **changes)
+    train(work, settings, device=CPU)
+    calls = 0
+
+    def killing(**arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise Killed
+        return found[0].loss(**arguments)
+
+    work, resumed = job(tmp_path / "killed", **changes)
+    dying = [dataclasses.replace(found[0], loss=killing), *found[1:]]
+    with pytest.raises(Killed):
+        train(dataclasses.replace(work, phases=dying), settings, device=CPU)
+    train(work, settings, device=CPU)
+    assert equal(resumed[found[-1].name], whole[found[-1].name])

@@ -11,11 +11,14 @@ from closed_form import SCHEDULE, GaussianTeacher, PerfectStudent, means
 
 from toolkit.diffusion.denoiser import Guided
 from toolkit.diffusion.errors import BadInput
+from toolkit.diffusion.folding import FoldLoss, Posed, routes
 from toolkit.diffusion.grid import Grid
+from toolkit.diffusion.hidden import show, watching
 from toolkit.diffusion.method import Batch, Setting, draw_timesteps, truncated_snr_weight
-from toolkit.diffusion.solvers import roll
+from toolkit.diffusion.schedule import like
+from toolkit.diffusion.solvers import roll, roll_2m
 from toolkit.methods import find_methods, options_of
-from toolkit.methods.progressive import Config, FoldLoss, phases
+from toolkit.methods.progressive import Config, phases
 
 METHODS = find_methods()
 SETTING = Setting(SCHEDULE, "epsilon", 4)
@@ -80,27 +83,37 @@ def test_a_perfect_guided_student_has_zero_loss():
     assert unguided[0] < 1e-10 and unguided[1:].min() > 1e-10
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6])
-def test_a_perfect_progressive_student_has_zero_loss_also_inside_the_cells(steps):
+def fold(grid: Grid, finer: Grid, *, cells: int = 1, **changes: object) -> FoldLoss:
+    values = dict(routes=routes(grid, finer, cells=cells), schedule=SCHEDULE, guide=False, inside=0.5)
+    return FoldLoss(grid, **{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cells", [1, 2])
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+def test_a_perfect_student_of_a_fold_has_zero_loss_also_inside_the_cells(steps, cells):
     grid, finer = Grid.trailing(steps), Grid.trailing(2 * steps)
-    loss = FoldLoss(grid=grid, finer=finer, substeps=2, inside=0.5, schedule=SCHEDULE, guide=False)
-    teacher = GaussianTeacher()
-    values = loss(
-        student=PerfectStudent(teacher, grid, finer),
-        teacher=teacher,
-        batch=batch(256),
-        generator=torch.Generator().manual_seed(1),
-    )
-    assert values.max() < 1e-8
-    assert loss(
-        student=teacher, teacher=teacher, batch=batch(256), generator=torch.Generator().manual_seed(1)
-    ).mean() > 1e-4  # fmt: skip
+    loss, teacher = fold(grid, finer, cells=cells), GaussianTeacher()
+
+    def of(student: object) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return loss(student=student, teacher=teacher, batch=batch(256), generator=generator)  # type: ignore[arg-type]
+
+    assert of(PerfectStudent(teacher, grid, finer, cells)).max() < 1e-8
+    assert of(teacher).mean() > 1e-4
+    other = 2 if cells == 1 else 1
+    assert steps == 1 or of(PerfectStudent(teacher, grid, finer, other)).mean() > 1e-4
 
 
-def test_the_teachers_path_is_its_own_grid_and_waits_at_starts_inside_a_cell():
-    loss = FoldLoss(
-        grid=Grid.trailing(2), finer=Grid.trailing(4), substeps=2, inside=0, schedule=SCHEDULE, guide=False
-    )
+def test_routes_go_over_one_cell_or_two_and_wait_before_short_ones():
+    grid = Grid.trailing(4)
+    assert routes(grid, Grid.trailing(8), cells=1) == ((874, 749), (624, 499), (374, 249), (124, -1))
+    assert routes(grid, grid, cells=2) == ((749, 499), (499, 249), (249, -1), (249, -1))
+    free = Grid((999, 499, 9))
+    assert routes(free, free.refined(2), cells=1) == ((749, 499), (254, 9), (4, -1))
+
+
+def test_the_teachers_path_is_its_route_and_waits_at_starts_inside_a_cell():
+    loss = fold(Grid.trailing(2), Grid.trailing(4))
     path = torch.stack(loss.teacher_path(torch.tensor([999, 800, 600, 499, 300, 100])), dim=1)
     assert path.tolist() == [
         [999, 749, 499],
@@ -110,6 +123,100 @@ def test_the_teachers_path_is_its_own_grid_and_waits_at_starts_inside_a_cell():
         [300, 249, -1],
         [100, 100, -1],
     ]
+
+
+@pytest.mark.parametrize("timesteps", [(), (999, 700, 333, 40)])
+@pytest.mark.parametrize("sampler", ["deterministic", "stochastic"])
+def test_a_perfect_single_fold_student_has_zero_loss_on_any_grid(sampler, timesteps):
+    config = METHODS["sfddm"].Config(timesteps=timesteps, substeps=4, feature_weight=0.1)
+    (phase,) = METHODS["sfddm"].phases(config, dataclasses.replace(SETTING, sampler=sampler, guided=False))
+    cells = 1 if sampler == "deterministic" else 2
+    assert phase.sampler == sampler and phase.grid == (Grid(timesteps) if timesteps else Grid.trailing(4))
+    teacher = GaussianTeacher()
+    perfect = PerfectStudent(teacher, phase.grid, phase.grid.refined(4 // cells), cells, roll=roll_2m)
+
+    class Observed(GaussianTeacher):
+        def velocity(self, x, sigma, *, cond, w=None):
+            with watching():
+                answer = perfect.velocity(x, sigma, cond=cond)
+            show(x + self.spread)
+            return answer
+
+    for offset, expected in ((0.0, 0.0), (2.0, 0.2)):
+        values = phase.loss(
+            student=Observed(offset),
+            teacher=teacher,
+            batch=batch(256, w=None),
+            generator=torch.Generator().manual_seed(1),
+        )
+        assert values.tolist() == pytest.approx([expected] * 256, abs=1e-6)
+
+
+def test_the_released_single_fold_target_is_reached_before_training_and_the_rollout_is_not():
+    teacher, losses = GaussianTeacher(), {}
+    for target in ("released", "rollout"):
+        config = METHODS["sfddm"].Config(sfddm_target=target)
+        (phase,) = METHODS["sfddm"].phases(config, dataclasses.replace(SETTING, guided=False))
+        losses[target] = phase.loss(
+            student=teacher, teacher=teacher, batch=batch(w=None), generator=torch.Generator().manual_seed(1)
+        )
+    assert losses["released"].max() == 0 and losses["rollout"].mean() > 1e-3
+
+
+def test_lists_of_timesteps_that_are_no_grid_are_refused():
+    for timesteps, sentence in {
+        (999, 499): "--steps 2",
+        (999, 499, 499, 1): "falling list",
+        (900, 499, 99, 1): "begins at 999",
+        (999, 499, 9, -1): "ends at 0",
+    }.items():
+        with pytest.raises(BadInput, match=sentence):
+            METHODS["sfddm"].phases(METHODS["sfddm"].Config(timesteps=timesteps), SETTING)
+
+
+@pytest.mark.parametrize("sampler", ["deterministic", "stochastic"])
+def test_on_policy_rows_start_where_the_student_gets_to_and_a_perfect_student_has_zero_loss(sampler):
+    grid, finer, teacher = Grid.trailing(4), Grid.trailing(8), GaussianTeacher()
+    cells = 1 if sampler == "deterministic" else 2
+    loss = fold(grid, finer, cells=cells, on_policy=1.0, sampler=sampler)
+
+    class Flat(GaussianTeacher):
+        """Every picture is grey."""
+
+        def __call__(self, x, sigma, *, cond, w=None):
+            return torch.zeros_like(x)
+
+    def pose(student: object) -> Posed:
+        generator = torch.Generator().manual_seed(1)
+        return loss.pose(student=student, teacher=teacher, batch=batch(512), generator=generator)  # type: ignore[arg-type]
+
+    perfect = PerfectStudent(teacher, grid, finer, cells)
+    posed = pose(perfect)
+    answer = perfect.velocity(posed.x, posed.sigma, cond=batch(512).cond)
+    assert posed.error(answer).max() < 1e-8
+    visited = pose(Flat())
+    at_entry = torch.isin(visited.sigma, grid.sigmas(SCHEDULE).float()[1:])
+    noise = visited.x[at_entry] / like(visited.sigma[at_entry], visited.x)
+    assert float(noise.std()) == pytest.approx(1, abs=0.05)
+
+
+def test_without_guidance_progressive_halves_the_teacher_itself_and_students_have_no_dial():
+    unguided = dataclasses.replace(SETTING, guided=False)
+    found = phases(Config(finest=16), unguided)
+    assert [(phase.name, phase.teacher) for phase in found] == [("fold-8", "pair"), ("fold-4", "previous")]
+    assert [phase.teacher_evaluations for phase in found] == [2, 2]
+    assert not any(phase.dial for phase in found)
+    assert [phase.name for phase in phases(Config(finest=4), unguided)] == ["fold-4"]
+    grid, finer, teacher = Grid.trailing(8), Grid.trailing(16), GaussianTeacher()
+    values = found[0].loss(
+        student=PerfectStudent(teacher, grid, finer),
+        teacher=teacher,
+        batch=batch(w=None),
+        generator=torch.Generator().manual_seed(1),
+    )
+    assert values.max() < 1e-8
+    with pytest.raises(BadInput, match="leaves none"):
+        METHODS["guided"].phases(METHODS["guided"].Config(), unguided)
 
 
 def test_progressive_halves_from_the_finest_grid_and_converts_to_velocity_where_told():
@@ -151,9 +258,7 @@ def test_on_a_kept_trajectory_the_teacher_is_not_asked_and_a_perfect_student_has
         state_timesteps=kept.timesteps,
         on_trajectory=torch.ones(256, dtype=torch.bool),
     )
-    loss = FoldLoss(
-        grid=grid, finer=Grid.trailing(2 * steps), substeps=2, inside=0.3, schedule=SCHEDULE, guide=False
-    )
+    loss = fold(grid, Grid.trailing(2 * steps), inside=0.3, on_policy=0.5)
     generator = torch.Generator().manual_seed(1)
     values = loss(
         student=PerfectStudent(teacher, grid, kept), teacher=Silent(), batch=data, generator=generator

@@ -11,6 +11,7 @@ from toolkit.diffusion.denoiser import Cond
 from toolkit.diffusion.errors import BadInput
 from toolkit.diffusion.grid import Grid
 from toolkit.diffusion.schedule import like
+from toolkit.diffusion.solvers import roll_2m
 from toolkit.runtime.samplers import (
     entry_below,
     initial_latent,
@@ -70,6 +71,17 @@ def test_dpmpp_2m_is_diffusers(steps):
         x0 = teacher(z * (1 + sigmas[i].float() ** 2).sqrt(), sigma, cond=cond)
         z = scheduler.step(x0, timestep, z).prev_sample
     assert torch.allclose(sample_dpmpp_2m(teacher, x, sigmas, {"cond": cond}), z, atol=3e-5)
+
+
+def test_a_rolled_2m_is_the_sampler_and_may_wait_first():
+    teacher, cond = GaussianTeacher(), means(2)
+    sigmas = Grid.trailing(6).sigmas(SCHEDULE)
+    x = initial_latent((2, 1, 2, 2), seed=3, sigma=float(sigmas[0])).double()
+    expected = sample_dpmpp_2m(teacher, x, sigmas, {"cond": cond})
+    for waits in ((), (0,), (0, 0)):
+        levels = sorted([*sigmas.tolist(), *(float(sigmas[i]) for i in waits)], reverse=True)
+        found = roll_2m(teacher, x, [x.new_full((2,), level) for level in levels], cond=cond, w=None)
+        assert torch.allclose(found, expected, atol=1e-12)
 
 
 def test_the_callback_is_told_of_every_evaluation():

@@ -25,8 +25,9 @@ from .demo.drawings import prompts as demo_prompts
 from .demo.judge import load_judge
 from .diffusion.denoiser import Cond, Network, NetworkDenoiser
 from .diffusion.errors import BadInput
+from .diffusion.grid import Grid
 from .diffusion.method import Phase, Setting
-from .diffusion.spec import StudentSpec
+from .diffusion.spec import StudentSpec, WEmbedding
 from .evaluation.evaluate import Yardstick
 from .evaluation.guests import answers_to
 from .evaluation.painter import Painter, cached_texts
@@ -188,6 +189,8 @@ def settle(
         "override",
     ):
         values.setdefault(optional, None)
+    if tuple(values["guidance"]) == (1, 1) and reasons["guidance_default"] not in ("you", "the config file"):
+        values["guidance_default"], reasons["guidance_default"] = 1.0, "--guidance 1 1 is unguided"
     values.update(demo=demo, guidance=tuple(values["guidance"]), lora=tuple(values["lora"]))
     values.update(with_lora=tuple(values["with_lora"]))
     options: dict[str, Any] = {
@@ -255,6 +258,8 @@ def _check(settings: Settings, teacher: Teacher) -> None:
     low, high = settings.guidance
     if settings.student not in ("full", "lora"):
         raise BadInput(f"--student {settings.student}: expected full or lora")
+    if settings.sampler not in ("deterministic", "stochastic"):
+        raise BadInput(f"--sampler {settings.sampler}: expected deterministic or stochastic")
     if settings.rank is not None and settings.student == "full":
         raise BadInput(f"--rank {settings.rank} is of a LoRA; leave it out, or add --student lora")
     if settings.rank is not None and not 1 <= settings.rank <= 1024:
@@ -286,7 +291,13 @@ def _check(settings: Settings, teacher: Teacher) -> None:
 
 def phases_of(settings: Settings, checkpoint: Checkpoint) -> tuple[Phase, ...]:
     method = find_methods()[settings.method]
-    setting = Setting(checkpoint.schedule, checkpoint.prediction_type, settings.steps)
+    setting = Setting(
+        checkpoint.schedule,
+        checkpoint.prediction_type,
+        settings.steps,
+        sampler="stochastic" if settings.sampler == "stochastic" else "deterministic",
+        guided=not GuidanceRange(*settings.guidance).unguided,
+    )
     return method.phases(method.Config(**settings.method_config), setting)
 
 
@@ -333,6 +344,8 @@ def _request(
     if settings.override:
         source += settings.override
     width, height = settings.size
+    finest = max((phase.grid for phase in phases), key=len)
+    kept = finest.refined(trajectory_steps(len(finest)) // len(finest), len(checkpoint.schedule))
     source += "".join(f" {lora.sha256}:{lora.strength!r}" for lora in checkpoint.loras)
     if settings.data:
         pictures = scan_image_folder(Path(settings.data))
@@ -354,7 +367,8 @@ def _request(
         count=settings.pictures,
         seed=settings.seed,
         precision=settings.precision,
-        steps=trajectory_steps(max(len(phase.grid) for phase in phases)),
+        steps=len(kept),
+        timesteps=() if kept == Grid.trailing(len(kept), len(checkpoint.schedule)) else kept.timesteps,
         sizes=size_ids(width, height) if checkpoint.of.sizes else (),
         masked=checkpoint.inpaint,
     )
@@ -366,7 +380,7 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
     _require_parts(teacher.checkpoint)
     device = torch.device(settings.device)
     free = free_memory(device)
-    student, trained, parameters = _measurable(settings, teacher.checkpoint, device)
+    student, trained, parameters = _measurable(settings, phases, teacher.checkpoint, device)
     batch = min(settings.micro_batch, settings.batch_size)
     costs = measure(
         student,
@@ -374,6 +388,7 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
         parameters=parameters,
         latent=_seen_shape(settings, teacher),
         cond=random_cond(teacher.checkpoint, batch, generator=torch.Generator().manual_seed(0)),
+        w=torch.zeros(batch) if phases[0].dial else None,
         batch=batch,
         device=device,
         precision=settings.precision,
@@ -405,14 +420,14 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
 
 
 def _measurable(
-    settings: Settings, checkpoint: Checkpoint, device: torch.device
+    settings: Settings, phases: Sequence[Phase], checkpoint: Checkpoint, device: torch.device
 ) -> tuple[Network, list[Tensor], list[Tensor]]:
     """A student as the run will train it, what of it is trained, and all its weights."""
     if settings.rank is None:
-        unet = recomputing(place(checkpoint.unet(conditioned=True), device).train())
+        unet = recomputing(place(checkpoint.unet(conditioned=phases[0].dial), device).train())
         return unet_network(unet), list(unet.parameters()), list(unet.parameters())
     holder = OneNetwork(
-        lambda: checkpoint.unet(conditioned=True),
+        lambda: checkpoint.unet(conditioned=phases[0].dial),
         LoraShape(settings.rank),
         seed=0,
         device=device,
@@ -481,7 +496,7 @@ def _make_samples(settings: Settings, phases: Sequence[Phase], teacher: Teacher)
 
 
 def _spec(settings: Settings, checkpoint: Checkpoint, phase: Phase) -> StudentSpec:
-    low, high = settings.guidance
+    low, high = settings.guidance if phase.dial else (1.0, 1.0)
     return StudentSpec(
         family=checkpoint.family,
         prediction_type=phase.prediction_type,
@@ -489,11 +504,15 @@ def _spec(settings: Settings, checkpoint: Checkpoint, phase: Phase) -> StudentSp
         ztsnr=checkpoint.ztsnr,
         method=settings.method,
         timesteps=phase.grid.timesteps,
+        sampler=phase.sampler,
+        direction="encode" if phase.grid.ascending else "decode",
+        any_start=phase.any_start,
         teacher_sha256=checkpoint.sha256,
         teacher_name=checkpoint.name,
         guidance_min=low,
         guidance_max=high,
-        guidance_default=settings.guidance_default,
+        guidance_default=settings.guidance_default if phase.dial else 1.0,
+        w_embedding=WEmbedding() if phase.dial else None,
         negative=settings.negative,
         lora_rank=settings.rank,
         loras=checkpoint.loras,
@@ -525,7 +544,7 @@ def run_all(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> di
         teacher_prediction=checkpoint.prediction_type,
         schedule=checkpoint.schedule,
         samples=samples,
-        new_unet=lambda: teacher.guests.welcome(checkpoint.unet(conditioned=True)),
+        new_unet=lambda: teacher.guests.welcome(checkpoint.unet(conditioned=phases[0].dial)),
         finished=finished,
         look=_looker(settings, teacher),
         out=out,

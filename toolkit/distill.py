@@ -115,6 +115,11 @@ def _parse() -> argparse.Namespace:
     add("--method", help=f"{', '.join(methods)} (default: progressive)")
     add("--steps", type=int, metavar="N", help="evaluations of the finished student (default: 4)")
     add(
+        "--sampler",
+        choices=["deterministic", "stochastic"],
+        help="which of Meng et al.'s two samplers the student is for (default: deterministic)",
+    )
+    add(
         "--student",
         choices=["full", "lora"],
         help="train every weight, or a LoRA on the teacher (default: what fits the free memory)",
@@ -203,14 +208,21 @@ def _parse() -> argparse.Namespace:
     add("--json", action="store_true", help="machine-readable answer on stdout")
     group = parser.add_argument_group(f"method {method}", (methods[method].__doc__ or "").splitlines()[0])
     for option in options_of(methods[method]):
-        choices = list(get_args(option.kind)) if get_origin(option.kind) is Literal else None
         group.add_argument(
             "--" + option.name.replace("_", "-"),
-            type=str if choices else option.kind,
-            choices=choices,
-            help=f"{option.help} (default: {option.default})",
+            help=option.help + (f" (default: {option.default})" if option.default != () else ""),
+            **_accepts(option.kind),
         )
     return parser.parse_args()
+
+
+def _accepts(kind: Any) -> dict[str, Any]:
+    """argparse's words for what an option of this type takes."""
+    if get_origin(kind) is Literal:
+        return {"choices": list(get_args(kind))}
+    if get_origin(kind) is tuple:
+        return {"type": get_args(kind)[0], "nargs": "+", "metavar": "N"}
+    return {"type": kind}
 
 
 def _config_file(options: argparse.Namespace) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from .hidden import show, watching
 from .prediction import PredictionType, prediction_from_velocity, velocity_from, x0_from
 from .schedule import NoiseSchedule, alpha, like
 
@@ -66,7 +67,8 @@ class Guided:
 
     ``v = v_c + w (v_c - v_u)`` with w = guidance_scale - 1 given at each call; w None means no guidance.
     ``uncond`` has one row, or as many as the batch; what it does not name, such as a picture's size, is the
-    same with and without the text.
+    same with and without the text. The features shown are guided by the same formula: the layer behind them
+    is affine, so it makes the guided output of them.
     """
 
     denoiser: Denoiser
@@ -76,13 +78,20 @@ class Guided:
         if w is None:
             return self.denoiser.velocity(x, sigma, cond=cond)
         both = concat_cond([cond, {**cond, **expand_cond(self.uncond, len(x))}])
-        velocity = self.denoiser.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), cond=both)
-        conditional, unconditional = velocity.chunk(2)
-        return conditional + like(w, x) * (conditional - unconditional)
+        with watching() as seen:
+            velocity = self.denoiser.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), cond=both)
+        for features in seen:
+            show(_guide(features, w))
+        return _guide(velocity, w)
 
     def __call__(self, x: Tensor, sigma: Tensor, *, cond: Cond, w: Tensor | None = None) -> Tensor:
         velocity = self.velocity(x, sigma, cond=cond, w=w)
         return prediction_from_velocity(velocity, x, sigma, "sample")
+
+
+def _guide(both: Tensor, w: Tensor) -> Tensor:
+    conditional, unconditional = both.chunk(2)
+    return conditional + like(w, both) * (conditional - unconditional)
 
 
 def concat_cond(conds: Sequence[Cond]) -> Cond:

@@ -14,11 +14,13 @@ from .grid import Grid
 from .prediction import PredictionType
 from .schedule import CLEAN, NoiseSchedule, alpha, like
 from .solvers import start_noise
+from .spec import Sampler
 
 
 @dataclass(frozen=True)
 class Batch:
-    """x0: (B, C, H, W) clean latents; cond: B rows; uncond: one row; w: (B,) guidance_scale - 1.
+    """x0: (B, C, H, W) clean latents; cond: B rows; uncond: one row; w: (B,) guidance_scale - 1, None where
+    nobody is guided.
 
     ``states`` (B, K, C, H, W), where given, are points of the teacher's own trajectory to x0 at the timesteps
     ``state_timesteps`` (descending) under the same w. The rows ``on_trajectory`` (B,) start from such points
@@ -28,7 +30,7 @@ class Batch:
     x0: Tensor
     cond: Cond
     uncond: Cond
-    w: Tensor
+    w: Tensor | None
     states: Tensor | None = None
     state_timesteps: tuple[int, ...] = ()
     on_trajectory: Tensor | None = None
@@ -51,7 +53,8 @@ class Batch:
     def rows(self, rows: Tensor) -> Batch:
         """The batch of some rows, without their trajectories."""
         cond = {name: value[rows] for name, value in self.cond.items()}
-        return Batch(x0=self.x0[rows], cond=cond, uncond=self.uncond, w=self.w[rows])
+        w = None if self.w is None else self.w[rows]
+        return Batch(x0=self.x0[rows], cond=cond, uncond=self.uncond, w=w)
 
     def known(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Which rows (B,) have their trajectory's point at the timesteps (B,), and the points (B, C, H, W).
@@ -92,7 +95,9 @@ class Phase:
     ``teacher`` says who is imitated: "pair" is the original teacher with classifier-free guidance, "previous"
     the student of the phase before. ``teacher_evaluations`` counts network evaluations of the teacher a
     sample and update (the pair counts two an evaluation of the guided denoiser), for samples on a trajectory
-    too if ``asks_always``.
+    too if ``asks_always``; ``own_evaluations`` those of the student beside the one that is trained. What the
+    finished student's file says: ``sampler``, whether it starts anywhere (``any_start``) and whether it has a
+    guidance input (``dial``). An encoder's grid ascends.
     """
 
     name: str
@@ -102,16 +107,28 @@ class Phase:
     loss: Loss
     teacher_evaluations: int
     asks_always: bool = False
+    own_evaluations: float = 0.0
     lr_scale: float = 1.0
+    sampler: Sampler = "deterministic"
+    any_start: bool = True
+    dial: bool = True
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method is told of the run when it plans its phases."""
+    """What a method is told of the run when it plans its phases. ``sampler``: the one that its student is
+    for; ``guided``: whether the guidance stays adjustable, else the student is an unguided one.
+    """
 
     schedule: NoiseSchedule
     prediction_type: PredictionType
     steps: int
+    sampler: Sampler = "deterministic"
+    guided: bool = True
+
+    def cost(self, teacher: Literal["pair", "previous"], evaluations: int) -> int:
+        """Network evaluations of so many of a phase's teacher."""
+        return evaluations * (2 if teacher == "pair" and self.guided else 1)
 
 
 def guided_teacher(denoiser: Denoiser, batch: Batch) -> Denoiser:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.denoiser import Denoiser
+from ..diffusion.errors import BadInput
 from ..diffusion.grid import Grid
 from ..diffusion.method import (
     Batch,
@@ -37,6 +38,10 @@ class Config:
 
 
 def phases(config: Config, setting: Setting) -> tuple[Phase, ...]:
+    if not setting.guided:
+        raise BadInput(
+            "method guided teaches a network its guidance, and --guidance 1 1 leaves none; give a wider range"
+        )
     return (phase(config, setting),)
 
 
@@ -50,6 +55,7 @@ def phase(config: Config, setting: Setting) -> Phase:
         teacher_evaluations=2,
         asks_always=True,
         lr_scale=1.5,
+        sampler=setting.sampler,
     )
 
 

@@ -1,39 +1,25 @@
 """Progressive distillation with a guidance input: two teacher steps become one, again and again.
 
-Meng et al. 2023, stage 2 (algorithm 2), after Salimans & Ho 2022. The student of N steps answers, at each
-entry of its grid, with the velocity whose single step lands where the teacher's steps landed
-(``chord_velocity``); the same w goes into every teacher step. Weight: truncated SNR, max(SNR, 1) on x0.
-Convention: trailing grids, the last step lands on exactly clean. Samples that lie on a kept trajectory of the
-original teacher learn to land on its own points: exact targets that cost no evaluation and carry no error of
-the phases before.
+Meng et al. 2023, stage 2 (algorithm 2), after Salimans & Ho 2022. Each halving is a fold (diffusion/folding):
+the student of N steps lands, from each entry of its grid, where two steps of the student of 2 N landed; the
+same w goes into every teacher step. For their stochastic sampler (algorithm 3) it lands two cells further
+down, which is again two steps of the teacher's, and one from the last entry. Convention: trailing grids, the
+last step lands on exactly clean.
 
 ``origin`` says who is imitated first: "guided" runs stage 1 and halves from ``finest`` steps; "pair" skips
-both and makes one fold straight from the guided pair, ``substeps`` teacher steps into one.
+both and makes one fold straight from the guided pair, ``substeps`` teacher steps into one. Unguided there is
+no stage 1: its student would be the teacher.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from ..diffusion.denoiser import Denoiser
 from ..diffusion.errors import BadInput
+from ..diffusion.folding import CELLS, FoldLoss, routes
 from ..diffusion.grid import Grid
-from ..diffusion.method import (
-    Batch,
-    Phase,
-    Setting,
-    draw_timesteps,
-    guided_teacher,
-    truncated_snr_weight,
-    velocity_error,
-)
-from ..diffusion.schedule import CLEAN, NoiseSchedule
-from ..diffusion.solvers import chord_velocity, roll
+from ..diffusion.method import Phase, Setting
 from . import guided
 
 
@@ -53,6 +39,9 @@ class Config:
         default=0.25,
         metadata={"help": "share of each batch that starts inside a cell: img2img at any strength"},
     )
+    on_policy: float = field(
+        default=0.0, metadata={"help": "share that starts where the student itself gets to from noise"}
+    )
 
 
 def phases(config: Config, setting: Setting) -> tuple[Phase, ...]:
@@ -60,17 +49,23 @@ def phases(config: Config, setting: Setting) -> tuple[Phase, ...]:
     if config.finest < 1 or config.substeps < 1:
         raise BadInput(f"finest {config.finest} and substeps {config.substeps}: both must be at least 1")
     if config.origin == "pair":
-        return (_fold(config, setting, setting.steps, teacher="pair"),)
+        return (_fold(config, setting, setting.steps, config.substeps, teacher="pair"),)
     counts = [setting.steps]
-    while counts[-1] * 2 <= max(config.finest, setting.steps):
+    finest = max(config.finest, setting.steps * (1 if setting.guided else 2))
+    while counts[-1] * 2 <= finest:
         counts.append(counts[-1] * 2)
-    stage1 = guided.phase(guided.Config(), replace(setting, steps=counts[-1]))
-    return (stage1, *(_fold(config, setting, count, teacher="previous") for count in reversed(counts[:-1])))
+    later = [_fold(config, setting, count, 2, teacher="previous") for count in reversed(counts[:-1])]
+    if not setting.guided:
+        return (replace(later[0], teacher="pair"), *later[1:])
+    return (guided.phase(guided.Config(), replace(setting, steps=counts[-1])), *later)
 
 
-def _fold(config: Config, setting: Setting, steps: int, *, teacher: Literal["pair", "previous"]) -> Phase:
-    substeps = config.substeps if teacher == "pair" else 2
-    grid = Grid.trailing(steps, len(setting.schedule))
+def _fold(
+    config: Config, setting: Setting, steps: int, substeps: int, *, teacher: Literal["pair", "previous"]
+) -> Phase:
+    total, cells = len(setting.schedule), CELLS[setting.sampler]
+    grid = Grid.trailing(steps, total)
+    path = routes(grid, Grid.trailing(steps * -(-substeps // cells), total), cells=cells)
     return Phase(
         name=f"fold-{steps}",
         grid=grid,
@@ -78,58 +73,16 @@ def _fold(config: Config, setting: Setting, steps: int, *, teacher: Literal["pai
         teacher=teacher,
         loss=FoldLoss(
             grid=grid,
-            finer=Grid.trailing(steps * substeps, len(setting.schedule)),
-            substeps=substeps,
-            inside=config.inside,
+            routes=path,
             schedule=setting.schedule,
             guide=teacher == "pair",
+            inside=config.inside,
+            on_policy=config.on_policy,
+            sampler=setting.sampler,
         ),
-        teacher_evaluations=substeps * (2 if teacher == "pair" else 1),
+        teacher_evaluations=setting.cost(teacher, len(path[0])),
+        own_evaluations=config.on_policy * (steps - 1) / 2,
+        sampler=setting.sampler,
+        any_start=config.inside > 0,
+        dial=setting.guided,
     )
-
-
-@dataclass(frozen=True)
-class FoldLoss:
-    """``substeps`` teacher steps, at the entries of the ``finer`` grid, into one step of ``grid``."""
-
-    grid: Grid
-    finer: Grid
-    substeps: int
-    inside: float
-    schedule: NoiseSchedule
-    guide: bool
-
-    def __call__(
-        self, *, student: Denoiser, teacher: Denoiser, batch: Batch, generator: torch.Generator
-    ) -> Tensor:
-        drawn = draw_timesteps(self.grid.timesteps, len(batch.x0), inside=self.inside, generator=generator)
-        timestep = batch.snapped(drawn.to(batch.x0.device))
-        x = batch.start(timestep, schedule=self.schedule, generator=generator)
-        path = self.teacher_path(timestep)
-        sigma_t, sigma_s = (self.schedule.sigma(t).float() for t in (path[0], path[-1]))
-        with torch.no_grad():
-            landed = self.landing(teacher, x, path, batch)
-            target = chord_velocity(x, landed, sigma_t, sigma_s)
-        found = student.velocity(x, sigma_t, cond=batch.cond, w=batch.w)
-        return truncated_snr_weight(sigma_t) * velocity_error(found, target)
-
-    def landing(self, teacher: Denoiser, x: Tensor, path: Sequence[Tensor], batch: Batch) -> Tensor:
-        """Where the teacher goes from x along the path: its kept trajectory's point, or by asking it."""
-        known, landed = batch.known(path[-1])
-        rows = (~known).nonzero()[:, 0]
-        if len(rows) == 0:
-            return landed
-        asked = batch.rows(rows)
-        guide = guided_teacher(teacher, asked) if self.guide else teacher
-        sigmas = [self.schedule.sigma(t[rows]).float() for t in path]
-        return landed.index_copy(0, rows, roll(guide, x[rows], sigmas, cond=asked.cond, w=asked.w))
-
-    def teacher_path(self, timestep: Tensor) -> list[Tensor]:
-        """substeps + 1 timesteps, each (B,), from the start to the lower end of its cell.
-
-        From a grid entry these are the teacher's own entries. A start inside a cell waits (a step of length
-        0) in place of the entries above it.
-        """
-        finer = torch.tensor([*self.finer.timesteps, CLEAN], device=timestep.device)
-        first = self.grid.cell(timestep) * self.substeps
-        return [timestep, *(torch.minimum(timestep, finer[first + k]) for k in range(1, self.substeps + 1))]

@@ -67,7 +67,8 @@ class LoopSettings:
 class Job:
     """What the loop works on, and whom it tells.
 
-    ``new_unet()`` gives the teacher's network with a zero-initialised guidance input, in float32.
+    ``new_unet()`` gives the teacher's network in float32, with a zero-initialised guidance input if the
+    student is to have one.
     ``finished`` writes a phase's student from its averaged weights, of a LoRA those alone that were trained;
     ``look`` is shown the current student for sample pictures. ``guests`` reach the networks of ``new_unet``.
     """
@@ -169,7 +170,8 @@ class PhaseTrainer:
         self.teacher = NetworkDenoiser(pair.teacher, job.schedule, prediction)
         self.student = NetworkDenoiser(pair.student, job.schedule, self.phase.prediction_type)
         self.trained = pair.trained
-        freeze_fast_features(self.trained[COND_PROJ])
+        if COND_PROJ in self.trained:
+            freeze_fast_features(self.trained[COND_PROJ])
         self.average = {name: value.detach() for name, value in self.trained.items()}
         if settings.ema:
             self.average = {name: value.clone() for name, value in self.average.items()}

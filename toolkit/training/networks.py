@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from ..diffusion.denoiser import Cond, Network, NetworkDenoiser
 from ..diffusion.guidance import w_embedding
+from ..diffusion.hidden import show
 from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import NoiseSchedule
 from .checkpoint import Checkpoint
@@ -23,8 +24,13 @@ from .families import CLIP_L, TextEncoder, size_ids
 
 def unet_network(unet: torch.nn.Module) -> Network:
     """A UNet2DConditionModel (or a wrapper of one) as a network; w None runs without the guidance input's
-    shift.
+    shift. It shows what its last convolution sees.
     """
+
+    def look(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        show(inputs[0])
+
+    unet.get_submodule("conv_out").register_forward_pre_hook(look)
 
     def call(z: Tensor, timestep: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
         dtype = next(unet.parameters()).dtype

@@ -112,12 +112,13 @@ def measure(
     parameters: Sequence[Tensor],
     latent: tuple[int, int, int],
     cond: Cond,
+    w: Tensor | None,
     batch: int,
     device: torch.device,
     precision: str,
 ) -> Costs:
-    """Time a student at its real shapes (``cond``: ``batch`` rows), in the precision of the run; its weights
-    are left as they were.
+    """Time a student at its real shapes (``cond`` and ``w``: ``batch`` rows), in the precision of the run;
+    its weights are left as they were.
 
     ``trained`` of its ``parameters`` get gradients.
     """
@@ -126,7 +127,7 @@ def measure(
         torch.randn((batch, *latent), generator=generator).to(device),
         torch.full((batch,), 500, device=device),
         {name: value.to(device) for name, value in cond.items()},
-        torch.zeros(batch, device=device),
+        None if w is None else w.to(device),
     )
     kept: dict[int, int] = {}
 
@@ -191,19 +192,20 @@ def make_plan(
     ``student_bytes``: one student's file.
     """
 
-    def asked(phase: Phase) -> float:
-        """Teacher evaluations a sample and update; none for samples on a kept trajectory."""
+    def beside(phase: Phase) -> float:
+        """Evaluations a sample and update beside the trained one: none of the teacher's for samples on a kept
+        trajectory."""
         share = 1.0 if phase.asks_always or not on_trajectory else 1 - settings.trajectory_share
-        return share * phase.teacher_evaluations
+        return share * phase.teacher_evaluations + phase.own_evaluations
 
     rows = [
         PhasePlan(
             name=phase.name,
             updates=updates,
-            evaluations=round(updates * settings.batch_size * (asked(phase) + 1)),
+            evaluations=round(updates * settings.batch_size * (beside(phase) + 1)),
             seconds=updates
             * settings.batch_size
-            * (asked(phase) * costs.evaluation_seconds + costs.training_seconds),
+            * (beside(phase) * costs.evaluation_seconds + costs.training_seconds),
         )
         for phase, updates in zip(phases, settings.updates, strict=True)
     ]

@@ -86,6 +86,11 @@ class GuidanceRange:
     low: float
     high: float
 
+    @property
+    def unguided(self) -> bool:
+        """Whether there is nothing to adjust but guidance 1: no guidance at all."""
+        return self.low == self.high == 1
+
     def draw(self, count: int, *, generator: torch.Generator) -> Tensor:
         """(count,) guidance scales: half uniform (Meng et al.), half log-uniform.
 
@@ -120,7 +125,7 @@ def draw_batch(
         x0=rows["x0"].float().to(device),
         cond={name: value.to(device) for name, value in samples.cond(rows).items()},
         uncond={name: value.to(device) for name, value in samples.uncond.items()},
-        w=(scale - 1).to(device),
+        w=None if guidance.unguided else (scale - 1).to(device),
         states=states,
         state_timesteps=samples.state_timesteps,
         on_trajectory=own.to(device),
@@ -135,7 +140,8 @@ def trajectory_steps(finest: int) -> int:
 @dataclass(frozen=True)
 class TeacherSampleRequest:
     """All that the teacher's own pictures depend on. ``sizes``: what the UNet is told of theirs, if
-    anything; ``masked``: whether they are painted under masks, which takes an inpainting teacher."""
+    anything; ``masked``: whether they are painted under masks, which takes an inpainting teacher;
+    ``timesteps``: of the walk, where it is not the trailing one of so many ``steps``."""
 
     teacher_sha256: str
     prompts: tuple[str, ...]
@@ -148,6 +154,11 @@ class TeacherSampleRequest:
     steps: int
     sizes: tuple[int, ...] = ()
     masked: bool = False
+    timesteps: tuple[int, ...] = ()
+
+    def grid(self, schedule: NoiseSchedule) -> Grid:
+        """Where the trajectories have points."""
+        return Grid(self.timesteps) if self.timesteps else Grid.trailing(self.steps, len(schedule))
 
     def folder(self, cache: Path) -> Path:
         return cache / f"teacher-{_key(asdict(self))}"
@@ -155,7 +166,8 @@ class TeacherSampleRequest:
     @property
     def evaluations(self) -> int:
         """Pictures through the network, two of the pair a step; those under a mask are painted twice."""
-        return round(2 * self.steps * self.count * (2 - FULL if self.masked else 1))
+        pair = 1 if GuidanceRange(*self.guidance).unguided else 2
+        return round(pair * self.steps * self.count * (2 - FULL if self.masked else 1))
 
     def bytes(self, latent: tuple[int, int, int]) -> int:
         """On the disk: x0 and the states in float16."""
@@ -187,7 +199,8 @@ def make_teacher_samples(
     count = -(-request.count // SHARD)
     missing = [i for i in range(count) if not _shard_path(folder, i).exists()]
     guided = Guided(teacher, {name: value[:1].float().to(device) for name, value in texts.items()})
-    sigmas = schedule.sigma(torch.tensor([*Grid.trailing(request.steps, len(schedule)).timesteps, -1]))
+    grid = request.grid(schedule)
+    sigmas = grid.sigmas(schedule)
     for number in progress(missing):
         numbers = torch.arange(number * SHARD, min((number + 1) * SHARD, request.count))
         parts = [
@@ -199,7 +212,7 @@ def make_teacher_samples(
         if request.sizes:
             shard["time_ids"] = torch.tensor(request.sizes).expand(len(numbers), -1)
         save_tensors(shard, {}, _shard_path(folder, number))
-    return _open(folder, count, texts, Grid.trailing(request.steps, len(schedule)).timesteps)
+    return _open(folder, count, texts, grid.timesteps)
 
 
 def _sample_part(
@@ -269,7 +282,7 @@ def _walked(
         sigmas,
         extra_args={
             "cond": {name: value.to(device) for name, value in cond.items()},
-            "w": (scale - 1).to(device),
+            "w": None if GuidanceRange(*request.guidance).unguided else (scale - 1).to(device),
         },
         callback=lambda state: states.append(state["x"].half().cpu()),
     )

@@ -35,6 +35,7 @@ class Settings:
     out: str
     method: str
     steps: int
+    sampler: str
     student: str
     rank: int | None
     guidance: tuple[float, float]
@@ -85,6 +86,7 @@ EVERYWHERE = Defaults(
     dict(
         method="progressive",
         steps=4,
+        sampler="deterministic",
         guidance=(1.0, 15.0),
         guidance_default=7.5,
         negative="",
@@ -175,7 +177,7 @@ def phase_updates(given: Sequence[int] | None, names: Sequence[str], *, small: b
 def _default_updates(name: str, *, small: bool) -> int:
     if name == "guided":
         return 1500 if small else 3000
-    last_folds = name in ("fold-2", "fold-1")
+    last_folds = name.endswith(("fold-2", "fold-1"))
     return (800 if last_folds else 600) if small else (4000 if last_folds else 2000)
 
 

@@ -3,7 +3,8 @@
 ``lora_unet_MODULE.lora_down/.lora_up/.alpha`` hold the low-rank updates. The layer behind the guidance input
 is a whole difference, ``lora_unet_time_embedding_linear_1.diff`` and ``.diff_b``; the bias carries what the
 dial would add at the baked guidance, so that a stock host at strength 1 has that guidance. The dial itself is
-``fewstep.cond_proj.weight``; our loaders take the baked shift off again.
+``fewstep.cond_proj.weight``; our loaders take the baked shift off again. Students without a dial have
+neither.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def save_lora_student(
     base = unet_of(source)
     save_student(path, unet_state=dict(_merged(base, trained, dtype)), spec=spec, source=source)
     file = lora_path(path)
-    lora = dataclasses.replace(spec, container="lora", baked_guidance=spec.guidance_default)
+    baked = spec.guidance_default if spec.w_embedding is not None else None
+    lora = dataclasses.replace(spec, container="lora", baked_guidance=baked)
     save_tensors(
         lora_tensors(trained, base=base, spec=spec, dtype=dtype),
         student_metadata(lora, source.resolution),
@@ -69,13 +71,12 @@ def lora_tensors(trained: State, *, base: State, spec: StudentSpec, dtype: torch
             made[f"{name}.lora_down.weight"] = down.detach().to("cpu", dtype)
             made[f"{name}.lora_up.weight"] = trained[f"{module}.lora_B.weight"].detach().to("cpu", dtype)
             made[f"{name}.alpha"] = torch.tensor(float(down.shape[0]), dtype=dtype)
-    weight, bias, cond_proj = (
-        trained[key].detach().cpu().float() for key in (f"{LINEAR}.weight", f"{LINEAR}.bias", COND_PROJ)
-    )
-    shift = _shift(weight, cond_proj, spec)
+    weight, bias = (trained[f"{LINEAR}.{name}"].detach().cpu().float() for name in ("weight", "bias"))
+    shift = _shift(weight, trained, spec)
     made[LORA_DIFF] = (weight - base[f"{LINEAR}.weight"].float()).to(dtype)
     made[LORA_DIFF_BIAS] = (bias.double() - base[f"{LINEAR}.bias"].double() + shift).float()
-    made[LORA_COND_PROJ] = cond_proj
+    if COND_PROJ in trained:
+        made[LORA_COND_PROJ] = trained[COND_PROJ].detach().cpu().float()
     return made
 
 
@@ -91,7 +92,7 @@ def compare_with_merged(file: Path, merged: Mapping[str, Tensor], *, base: State
     names = {kohya_name(key.removesuffix(".weight")): key for key in base if key.endswith(".weight")}
     if strange := {key.split(".")[0] for key in lora if key != LORA_COND_PROJ} - names.keys():
         raise BadInput(f"{file}: {sorted(strange)[0]} is no layer of the teacher, so the file is of no use")
-    shift = _shift(expected[f"{LINEAR}.weight"].float(), expected[COND_PROJ].float(), spec)
+    shift = _shift(expected[f"{LINEAR}.weight"].float(), expected, spec)
     worst = 0.0
     for key, value in base.items():
         name = kohya_name(key.rpartition(".")[0])
@@ -141,9 +142,13 @@ def _merged(base: State, trained: State, dtype: torch.dtype) -> Iterator[tuple[s
             yield key, (value.float() + change).to(dtype)
         else:
             yield key, value.to(dtype)
-    yield COND_PROJ, trained[COND_PROJ].detach().to("cpu", dtype)
+    if COND_PROJ in trained:
+        yield COND_PROJ, trained[COND_PROJ].detach().to("cpu", dtype)
 
 
-def _shift(weight: Tensor, cond_proj: Tensor, spec: StudentSpec) -> Tensor:
-    scale = 1000.0 if spec.w_embedding is None else spec.w_embedding.scale
-    return bias_shift(weight, cond_proj, spec.guidance_default - 1, scale=scale)
+def _shift(weight: Tensor, student: State, spec: StudentSpec) -> Tensor | float:
+    """What the dial adds to the bias at the baked guidance; nothing where there is no dial."""
+    if spec.w_embedding is None:
+        return 0.0
+    cond_proj = student[COND_PROJ].detach().cpu().float()
+    return bias_shift(weight, cond_proj, spec.guidance_default - 1, scale=spec.w_embedding.scale)
