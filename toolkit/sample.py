@@ -30,6 +30,7 @@ from .opening import add_parts, choose_device, choose_dtype, open_for_people, pa
 from .runtime.samplers import start_timestep
 from .training.checkpoint import Checkpoint
 from .training.lora import with_loras
+from .training.masks import at_latent_size
 from .training.networks import DTYPES
 from .training.samples import load_grey, load_picture
 
@@ -65,13 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = _checked_plan(checkpoint, asked)
     size = _size(checkpoint, asked)
     fill = None if asked.mask is None else _fill(asked)
+    padded = None if fill is None else _padded(fill, checkpoint)
     log.info("%s", _announcement(checkpoint, plan, asked))
     painter = Painter.open(checkpoint, device=device, dtype=choose_dtype(asked.precision, device))
     x0 = None
     if asked.init_image is not None and fill is None:
         x0 = painter.encode(load_picture(asked.init_image, size[1], size[0])[None])
     _say_what_was_cut(asked.prompt, checkpoint.tokenizer(), painter)
-    padded = None if fill is None else _padded(fill, checkpoint.downscale)
     painted = _paint(painter, plan, asked, x0=x0, fill=padded, size=size)
     images = painter.decode(painted.x0)
     if fill is not None:
@@ -186,6 +187,8 @@ def _announcement(checkpoint: Checkpoint, plan: Plan, asked: argparse.Namespace)
     if asked.mask is not None:
         how = "as it was trained to" if checkpoint.inpaint else "by blending"
         told += f"; it fills in what the mask says, {how}"
+    elif checkpoint.inpaint:
+        told += "; an inpainting model without a mask paints the whole picture"
     start = next(iter(plan.timesteps))
     wanted = start_timestep(_strength(asked), len(checkpoint.schedule))
     if asked.init_image is not None and start != wanted:
@@ -226,11 +229,20 @@ def _fill(asked: argparse.Namespace) -> Fill:
     return Fill(load_picture(asked.init_image, width, height)[None], mask[None])
 
 
-def _padded(fill: Fill, cell: int) -> Fill:
-    """The same with whole latent cells: the last rows and columns repeated."""
+def _padded(fill: Fill, checkpoint: Checkpoint) -> Fill:
+    """The same with whole latent cells, the last rows and columns repeated; BadInput for a mask of which no
+    cell is left."""
+    cell = checkpoint.downscale
     height, width = fill.images.shape[2:]
     more = (0, -width % cell, 0, -height % cell)
-    return Fill(*(F.pad(values, more, mode="replicate") for values in (fill.images, fill.masks)))
+    padded = Fill(*(F.pad(values, more, mode="replicate") for values in (fill.images, fill.masks)))
+    masks = at_latent_size(padded.masks, padded.masks[..., ::cell, ::cell])
+    if not (masks.round() if checkpoint.inpaint else masks).any():
+        raise BadInput(
+            f"the mask is too thin or too dark: latents have cells of {cell} x {cell} pixels, and none of "
+            "them would be filled; draw it wider, in white"
+        )
+    return padded
 
 
 def _say_what_was_cut(prompt: str, tokenizer: CLIPTokenizer, painter: Painter) -> None:

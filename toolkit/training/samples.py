@@ -408,7 +408,9 @@ def load_picture(path: Path, width: int, height: int) -> Tensor:
 
 
 def load_grey(path: Path) -> Tensor:
-    """(1, H, W) in [0, 1], a picture's lightness as it is; BadInput if it cannot be read."""
+    """(1, H, W) in [0, 1], a picture's lightness as it is; BadInput if it cannot be read, or hides some."""
+    if _read(path, "RGBA").getchannel("A").getextrema() != (255, 255):
+        raise BadInput(f"{path.name}: parts of it are transparent; give a mask in black and white")
     image = _read(path, "L")
     values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return values.reshape(1, image.height, image.width).float() / 255
