@@ -22,7 +22,7 @@ from toolkit.training.checkpoint import open_checkpoint
 
 PROMPTS = tuple(f"prompt {number}" for number in range(8))
 ROW_NAMES = {
-    "model", "name", "noise", "sampler", "steps", "evaluations", "guidance", "strength", "samples",
+    "task", "model", "name", "noise", "sampler", "steps", "evaluations", "guidance", "strength", "samples",
     "adherence", "frechet_real", "frechet_teacher", "frechet_ratio", "psnr_teacher", "seconds_per_image",
 }  # fmt: skip
 

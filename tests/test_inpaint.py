@@ -15,15 +15,18 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from toolkit import distill, sample
-from toolkit.demo.drawings import render, scenes
-from toolkit.demo.inpainting import erased_objects, with_mask_input
+from toolkit.demo.drawings import prompts, render, scenes
+from toolkit.demo.inpainting import drawings_to_fill, erased_objects, with_mask_input
+from toolkit.demo.judge import load_judge
 from toolkit.diffusion.blending import Blended
 from toolkit.diffusion.denoiser import Cond, Guided, NetworkDenoiser
 from toolkit.diffusion.errors import BadInput
 from toolkit.diffusion.grid import Grid, trailing_timesteps
 from toolkit.diffusion.schedule import NoiseSchedule
+from toolkit.evaluation.evaluate import Evaluation, Request, Yardstick, check_pair, table
 from toolkit.evaluation.painter import Fill, Painter, unit_noise
 from toolkit.evaluation.pictures import to_image
+from toolkit.evaluation.showcase import side_by_side, verdict
 from toolkit.runtime.files import load_tensors, read_spec
 from toolkit.runtime.samplers import sample_dpmpp_2m
 from toolkit.training import loop
@@ -249,6 +252,11 @@ def test_an_inpainting_student_without_a_mask_paints_the_whole_picture(folder, t
     assert found.tobytes() == to_image(expected[0]).tobytes()
 
 
+def test_the_demos_settings_are_for_its_own_teachers(arguments, monkeypatch):
+    with pytest.raises(BadInput, match=r"nine\.safetensors: no teacher of the demo's"):
+        run(monkeypatch, [*arguments, "--demo"])
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_stock_inpainting_pipeline_fills_in_what_we_do(tmp_path, prediction_type):
     from diffusers import StableDiffusionInpaintPipeline
@@ -383,6 +391,64 @@ def test_a_folder_of_pictures_is_masked_several_times_each(arguments, folder, tm
     shard = load_tensors(cache / "00000.safetensors")
     assert shard["inpaint"].shape == (8, 5, 16, 16) and shard["x0"].shape == (8, 4, 16, 16)
     assert len({tuple(mask.flatten().tolist()) for mask in shard["inpaint"][:, 0]}) >= 5
+
+
+@dataclass
+class Brightness:
+    """A judge that sees only how bright a picture is."""
+
+    def features(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3))
+
+    def adherence(self, images: Tensor, captions: list[str]) -> Tensor:
+        return images.mean((1, 2, 3)) > 0.5
+
+
+def evaluation(folder: Path, **changes) -> Evaluation:
+    made = Evaluation(
+        teacher=Painter.open(opened(folder, "nine")),
+        students={"four": Painter.open(opened(folder, "nine-student"))},
+        request=Request(prompts=("a", "b"), guidances=(4.0,), steps=(4,), reference_steps=5),
+        yardstick=Yardstick(Brightness()),
+    )
+    return replace(made, **changes)
+
+
+def test_inpainting_students_are_measured_at_filling_in_too(folder):
+    measured = evaluation(folder)
+    rows = list(measured.rows())
+    tasks = [row["task"] for row in rows]
+    assert tasks == ["paint"] * (len(rows) // 2) + ["fill"] * (len(rows) // 2)
+    reference = measured.latents(measured.reference(4.0))[0]
+    images = measured.teacher.decode(reference.roll(1, 0))
+    masks = measured.to_fill(4.0).masks
+    assert 0.4 < float(masks.mean()) < 0.6 and torch.equal(measured.to_fill(4.0).images, images)
+    student = replace(measured.cells(4.0, 1.0, "fill")[-1])
+    fill = Fill(images, masks)
+    painted = measured.students["four"].latents(("a", "b"), seeds=[0, 1], guidance=4, fill=fill)
+    assert torch.equal(measured.latents(student, None, fill)[0], painted.x0)
+    assert "filling in" in table(rows) and "Filling in a picture:" in (verdict(rows) or "")
+    given = Fill(torch.rand(2, 3, 32, 32), masks)
+    assert evaluation(folder, fill=given).to_fill(4.0) is given
+    pictures = side_by_side(measured, guidance=4, guidances=[4], strengths=[])
+    assert pictures[-1][0].startswith("Filling in")
+
+
+def test_students_are_compared_with_a_teacher_that_sees_what_they_see(folder):
+    measured = evaluation(folder, teacher=Painter.open(opened(folder, "four")))
+    with pytest.raises(BadInput, match="an inpainting model and the teacher an ordinary one"):
+        check_pair(measured.teacher, measured.students, "")
+
+
+def test_drawings_to_fill_have_the_prompts_background_and_another_object_under_the_mask():
+    said = prompts(40, seed=5)
+    images, masks = drawings_to_fill(said, seed=5)
+    assert float(load_judge().adherence(images, said).float().mean()) < 0.05
+    backgrounds = [line.split(" on ")[-1] for line in said]
+    assert float(load_judge().adherence(images, backgrounds).float().mean()) > 0.9
+    images, masks = drawings_to_fill(["a small red star on a black background"] * 20, seed=5)
+    outside = torch.where(masks > 0, 0, images)
+    assert float(outside.max()) < 0.25 and float((images * masks).amax((1, 2, 3)).min()) > 0.3
 
 
 def test_the_demos_wider_network_does_not_mind_what_it_was_not_taught_yet(folder):

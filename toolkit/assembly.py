@@ -22,6 +22,7 @@ from . import __version__
 from .demo import TEACHER, TOKENIZER
 from .demo.drawings import draw
 from .demo.drawings import prompts as demo_prompts
+from .demo.inpainting import drawings_to_fill
 from .demo.judge import load_judge
 from .diffusion.denoiser import Cond, Network, NetworkDenoiser
 from .diffusion.errors import BadInput
@@ -30,12 +31,12 @@ from .diffusion.method import Phase, Setting
 from .diffusion.spec import StudentSpec, WEmbedding
 from .evaluation.evaluate import Yardstick
 from .evaluation.guests import answers_to
-from .evaluation.painter import Painter, cached_texts
+from .evaluation.painter import Fill, Painter, cached_texts
 from .evaluation.pictures import grid, save_png
 from .evaluation.report import command_line, write_report
 from .evaluation.showcase import Showcase, showcase
 from .methods import find_methods, options_of
-from .opening import open_for_people
+from .opening import is_demo, open_for_people
 from .runtime.files import atomic_path
 from .training.adapters import LoraShape, OneNetwork, recomputing
 from .training.checkpoint import Checkpoint, save_student
@@ -89,7 +90,7 @@ class Teacher:
     @classmethod
     def open(cls, values: Mapping[str, Any]) -> Teacher:
         if values.get("demo"):
-            path, tokenizer = TEACHER, TOKENIZER
+            path, tokenizer = Path(values.get("ckpt") or TEACHER), TOKENIZER
         elif values.get("ckpt"):
             path, tokenizer = Path(values["ckpt"]), _path(values.get("tokenizer"))
         else:
@@ -106,6 +107,8 @@ class Teacher:
             raise BadInput(
                 f"{path}: this is a {checkpoint.kind}; give the checkpoint that it was distilled from"
             )
+        if values.get("demo") and not is_demo(checkpoint):
+            raise BadInput(f"{path}: no teacher of the demo's; leave out --demo")
         asked = [parse_lora(text) for text in values.get("lora") or ()]
         loras = [(read_lora(file), strength) for file, strength in asked]
         if loras:
@@ -171,7 +174,7 @@ def settle(
     slow = not small and device.startswith("cpu")
     default("report_prompts", 0 if slow else 6, "the device and the network's size")
     default("resolution", "{}x{}".format(*teacher.checkpoint.resolution), "the teacher's own")
-    name = "demo" if demo else teacher.checkpoint.name
+    name = "demo" if demo and not values.get("ckpt") else teacher.checkpoint.name
     default(
         "out",
         str(Path("runs") / f"{name}-{values['method']}-{values['steps']}"),
@@ -664,9 +667,10 @@ def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> 
     if teacher.checkpoint.unet_parameters >= SMALL_PARAMETERS:
         counts = {settings.steps}
     dtype = DTYPES[settings.precision]
+    words = TOKENIZER if settings.demo else _words_beside(settings)
 
     def painter(path: Path) -> Painter:
-        opened = open_for_people(path, tokenizer=_path(settings.tokenizer) or _words_beside(settings))
+        opened = open_for_people(path, tokenizer=_path(settings.tokenizer) or words)
         return Painter.open(opened, device=settings.device, dtype=dtype)
 
     folder = Path(settings.out) / "students"
@@ -680,6 +684,7 @@ def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> 
         guidance=settings.guidance_default,
         negative=settings.negative,
         seed=seed,
+        fill=(lambda prompts: Fill(*drawings_to_fill(prompts, seed=seed))) if settings.demo else None,
     )
 
 

@@ -107,7 +107,7 @@ def _parse() -> argparse.Namespace:
         "--demo",
         action="store_true",
         default=None,
-        help="the embedded teacher, with settings for minutes on 2 cores",
+        help="the embedded teacher (or its inpainting one, by --ckpt), with settings for minutes on 2 cores",
     )
     add(
         "--out", metavar="DIR", help="everything the run writes (default: runs/<checkpoint>-<method>-<steps>)"
@@ -266,7 +266,7 @@ def _plain(value: Any) -> Any:
 
 
 def _default_out(options: argparse.Namespace) -> Path:
-    name = "demo" if options.demo else Path(options.ckpt).stem if options.ckpt else None
+    name = Path(options.ckpt).stem if options.ckpt else "demo" if options.demo else None
     if name is None:
         raise BadInput("--resume needs --out, or the --ckpt or --demo that the run was started with")
     steps = options.steps or (2 if options.demo else 4)

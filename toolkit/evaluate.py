@@ -13,11 +13,12 @@ from typing import Any
 from .command import print_json, run
 from .demo.drawings import draw
 from .demo.drawings import prompts as demo_prompts
+from .demo.inpainting import drawings_to_fill
 from .demo.judge import load_judge
 from .diffusion.errors import BadInput
 from .evaluation.evaluate import Evaluation, FolderStore, Request, Row, Yardstick, check_pair, table
 from .evaluation.metrics import adherence, features
-from .evaluation.painter import Painter
+from .evaluation.painter import Fill, Painter
 from .evaluation.pictures import save_png
 from .evaluation.showcase import side_by_side, verdict
 from .opening import add_parts, choose_device, choose_dtype, is_demo, open_for_people, parts_of
@@ -55,15 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _say_other_loras(teacher, students)
     demo = is_demo(teacher)
     painters = {name: Painter.open(student, device=device, dtype=dtype) for name, student in students.items()}
+    request = _request(asked, painters, demo=demo)
     evaluation = Evaluation(
         teacher=Painter.open(teacher, device=device, dtype=dtype),
         students=painters,
-        request=_request(asked, painters, demo=demo),
+        request=request,
         yardstick=_yardstick(asked.seed) if demo else Yardstick(),
         store=FolderStore(asked.out / "cache"),
         teacher_name=teacher.name,
         identities=_identities(teacher, students, asked),
         batch=asked.batch_size,
+        fill=_drawings_to_fill(request.prompts, asked.seed) if demo and teacher.inpaint else None,
     )
     check_pair(evaluation.teacher, painters, teacher.sha256)
     rows: list[Row] = []
@@ -178,6 +181,10 @@ def _request(asked: argparse.Namespace, students: Mapping[str, Painter], *, demo
     )
 
 
+def _drawings_to_fill(prompts: Sequence[str], seed: int) -> Fill:
+    return Fill(*drawings_to_fill(prompts, seed=seed))
+
+
 def _yardstick(seed: int) -> Yardstick:
     """The demo's judge, and its features of real drawings."""
     judge = load_judge()
@@ -231,7 +238,8 @@ def _write_pictures(asked: argparse.Namespace, evaluation: Evaluation, guidance:
         ],
         strengths=evaluation.request.strengths,
     )
-    for name, (_, image) in zip(("guidance", "steps", "strength"), pictures, strict=False):
+    names = ["guidance", "steps", *(["strength"] if evaluation.request.strengths else []), "filling-in"]
+    for name, (_, image) in zip(names, pictures, strict=False):
         save_png(image, asked.out / f"{name}.png")
 
 

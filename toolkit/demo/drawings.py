@@ -37,7 +37,9 @@ DROPPABLE: tuple[str, ...] = ("size", "background")
 _HUES = (0.0, 0.075, 0.155, 0.34, 0.5, 0.62, 0.755, 0.9)
 _SATURATIONS = (0.92, 0.95, 0.92, 0.88, 0.85, 0.9, 0.75, 0.5)
 _VALUES = (0.88, 0.97, 0.95, 0.68, 0.88, 0.88, 0.72, 1.0)
-_CENTRES = ((-6.0, 0.0), (6.0, 0.0), (0.0, -6.0), (0.0, 6.0), (0.0, 0.0))
+CENTRES = ((-6.0, 0.0), (6.0, 0.0), (0.0, -6.0), (0.0, 6.0), (0.0, 0.0))
+"""Where the words of "position" put the object, in pixels right of and below the middle."""
+
 _CHUNK = 2048
 
 Uniform = Callable[[float, float], Tensor]
@@ -128,7 +130,7 @@ def _render(what: dict[str, Tensor], generator: torch.Generator) -> Tensor:
     x, y = axis.view(1, 1, SIZE), axis.view(1, SIZE, 1)
     ground = _background(what["background"], x, y, uniform)
 
-    centre = torch.tensor(_CENTRES)[what["position"]]
+    centre = torch.tensor(CENTRES)[what["position"]]
     radius = torch.where(what["size"].view(-1, 1, 1) == 1, uniform(8.6, 10.2), uniform(5.2, 6.3))
     u = (x - centre[:, 0].view(-1, 1, 1) - uniform(-1.3, 1.3)) / radius
     v = (y - centre[:, 1].view(-1, 1, 1) - uniform(-1.3, 1.3)) / radius

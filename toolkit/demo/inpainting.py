@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from ..training.checkpoint import open_checkpoint
 from ..training.masks import draw_masks, inpaint_cond
 from ..training.networks import encode_images, encode_texts
 from . import TEACHER, TOKENIZER
-from .drawings import SIZE, Scenes, captions, render, scenes
+from .drawings import ATTRIBUTES, CENTRES, SIZE, Scenes, labels, render, scenes
 from .storage import write_teacher
-from .teacher import CAPTION_DROP, CAPTION_NOISE, UNCONDITIONAL, Teacher, loss_weights, noised
+from .teacher import Teacher, follow, loss_weights, noised, said_of
 
 PICTURES = 10_000
 _log = logging.getLogger("fewstep")
@@ -42,11 +43,24 @@ def with_mask_input(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 def erased_objects(what: Scenes) -> Tensor:
     """Masks (N, 1, 32, 32) over all that may belong to each drawing's object, of one size for all objects."""
-    centre = torch.tensor(((-6.0, 0.0), (6.0, 0.0), (0.0, -6.0), (0.0, 6.0), (0.0, 0.0)))
+    centre = torch.tensor(CENTRES)
     axis = torch.arange(SIZE) - (SIZE - 1) / 2
     x, y = (centre[what.labels["position"]][:, i].view(-1, 1, 1) for i in (0, 1))
     inside = ((axis.view(1, 1, -1) - x).abs() <= 14) & ((axis.view(1, -1, 1) - y).abs() <= 14)
     return inside[:, None].float()
+
+
+def drawings_to_fill(prompts: Sequence[str], *, seed: int) -> tuple[Tensor, Tensor]:
+    """Drawings (N, 3, 32, 32) on the backgrounds that the prompts name, of other shapes than they name, and
+    masks over these."""
+    what = scenes(len(prompts), seed=seed + 1)  # the prompts are often drawn from the seed itself
+    shape, background = what.labels["shape"], what.labels["background"]
+    for row, prompt in enumerate(prompts):
+        said = labels(prompt)
+        background[row] = said.get("background", int(background[row]))
+        if int(shape[row]) == said.get("shape"):
+            shape[row] = (shape[row] + 1) % len(ATTRIBUTES["shape"])
+    return render(what, seed=seed), erased_objects(what)
 
 
 def train_inpainting_teacher(
@@ -81,17 +95,9 @@ def train_inpainting_teacher(
     for update in range(start, updates):
         for group in optimizer.param_groups:
             group["lr"] = rate * min((update + 1) / 100, 1.0, (1 - update / updates) / 0.5)
-        seed_now = seed * 1_000_000 + update
-        generator = torch.Generator().manual_seed(seed_now)
+        generator = torch.Generator().manual_seed(seed * 1_000_000 + update)
         rows = torch.randint(len(what), (batch,), generator=generator)
-        said = captions(
-            Scenes({name: label[rows] for name, label in what.labels.items()}),
-            seed=seed_now,
-            noise=CAPTION_NOISE,
-            drop=CAPTION_DROP,
-        )
-        silent = torch.rand(batch, generator=generator) < UNCONDITIONAL
-        said = ["" if quiet else words for quiet, words in zip(silent.tolist(), said, strict=True)]
+        said = said_of(what, rows, generator)
         if fresh := sorted(set(said) - known.keys()):
             known |= zip(fresh, encode_texts(fresh, tokenizer=tokenizer, text_encoder=text), strict=True)
         noisy, noise, steps = noised(data["x0"][rows].float(), generator)
@@ -102,9 +108,7 @@ def train_inpainting_teacher(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
-        decay = min(0.998, (1 + update) / (20 + update))
-        for mean, value in zip(average.parameters(), unet.parameters(), strict=True):
-            mean.lerp_(value.detach(), 1 - decay)
+        follow(average.parameters(), unet.parameters(), min(0.998, (1 + update) / (20 + update)))
         running += (float(loss.detach()) - running) / min(update - start + 1, 200)
         if update % 100 == 0:
             _log.info("inpainting teacher %d/%d: loss %.4f", update, updates, running)

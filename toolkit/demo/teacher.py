@@ -101,6 +101,20 @@ def noised(latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor,
     return level.sqrt() * latents + (1 - level).sqrt() * noise, noise, steps
 
 
+def said_of(what: Scenes, rows: Tensor, generator: torch.Generator) -> list[str]:
+    """The training captions of the scenes ``rows``: partly wrong, cut short or left out."""
+    chosen = Scenes({name: label[rows] for name, label in what.labels.items()})
+    said = captions(chosen, seed=generator.initial_seed(), noise=CAPTION_NOISE, drop=CAPTION_DROP)
+    silent = torch.rand(len(rows), generator=generator) < UNCONDITIONAL
+    return ["" if quiet else words for quiet, words in zip(silent.tolist(), said, strict=True)]
+
+
+def follow(averages: Iterable[Tensor], values: Iterable[Tensor], decay: float) -> None:
+    """One update of exponential moving averages, in place."""
+    for average, value in zip(averages, values, strict=True):
+        average.lerp_(value.detach(), 1 - decay)
+
+
 def train_teacher(
     latents: Tensor,
     what: Scenes,
@@ -143,17 +157,9 @@ def train_teacher(
         progress = update / updates
         for group in optimizer.param_groups:
             group["lr"] = rate * min((update + 1) / 200, 1.0, (1 - progress) / 0.35)
-        seed_now = seed * 1_000_000 + update
-        generator = torch.Generator().manual_seed(seed_now)
+        generator = torch.Generator().manual_seed(seed * 1_000_000 + update)
         rows = torch.randint(len(latents), (batch,), generator=generator)
-        said = captions(
-            Scenes({name: label[rows] for name, label in what.labels.items()}),
-            seed=seed_now,
-            noise=CAPTION_NOISE,
-            drop=CAPTION_DROP,
-        )
-        silent = torch.rand(batch, generator=generator) < UNCONDITIONAL
-        said = ["" if quiet else words for quiet, words in zip(silent.tolist(), said, strict=True)]
+        said = said_of(what, rows, generator)
         known |= {words: tokens(tokenizer, [words])[0] for words in set(said) - known.keys()}
         noisy, noise, steps = noised(latents[rows], generator)
         cond = text(torch.stack([known[words] for words in said])).last_hidden_state
@@ -163,9 +169,7 @@ def train_teacher(
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        decay = min(0.999, (1 + update) / (20 + update))
-        for mean, value in zip(averaged, parameters, strict=True):
-            mean.lerp_(value.detach(), 1 - decay)
+        follow(averaged, parameters, min(0.999, (1 + update) / (20 + update)))
         running += (float(loss.detach()) - running) / min(update - start + 1, 200)
         if update % 100 == 0:
             _log.info("teacher %d/%d: loss %.4f", update, updates, running)

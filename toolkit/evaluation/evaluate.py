@@ -4,7 +4,7 @@ Everything is compared from the same prompts, the same seeds and so the same noi
 teacher with DDIM at 50 steps at the same guidance (and strength). A row "other noise" is the reference once
 more from other seeds: its distance to the reference is what is left between two sets that differ in nothing
 but chance, the floor that students are measured against. img2img starts from the reference's picture of the
-prompt before.
+prompt before. Inpainting models also fill in: the middle of that picture, or what is given to fill.
 """
 
 from __future__ import annotations
@@ -17,20 +17,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from ..diffusion.errors import BadInput
 from ..runtime.files import load_tensors, read_metadata, save_tensors
 from .metrics import Judge, adherence, features, frechet_distance, psnr
-from .painter import Painter
+from .painter import Fill, Painter
 
 log = logging.getLogger("fewstep")
 
 Row: TypeAlias = dict[str, Any]
-"""model, name, noise, sampler, steps, evaluations, guidance, strength, samples, adherence, frechet_real,
-frechet_teacher, frechet_ratio (to "other noise"), psnr_teacher (dB), seconds_per_image (sampling alone)."""
+"""task (paint or fill), model, name, noise, sampler, steps, evaluations, guidance, strength, samples,
+adherence, frechet_real, frechet_teacher, frechet_ratio (to "other noise"), psnr_teacher (dB),
+seconds_per_image (sampling alone)."""
 
 REFERENCE_STEPS = 50
+MIDDLE = 0.7
+"""Side of the square that is filled in, where nothing else is given, in sides of the picture."""
+
+Task = Literal["paint", "fill"]
 SELDOM = 8
 """Fewer samples than this give no Frechet distance."""
 
@@ -92,6 +98,7 @@ class Cell:
     sampler: str | None = None
     steps: int | None = None
     noise: Literal["same", "other"] = "same"
+    task: Task = "paint"
 
 
 class Store(Protocol):
@@ -134,7 +141,7 @@ class Evaluation:
     """Models, samples and yardstick of one evaluation; ``students`` by file name.
 
     ``identities`` holds what tells each model (by its name) from another of the same name, such as a file's
-    hash.
+    hash. ``fill``: what inpainting models fill in, a picture and mask for each prompt.
     """
 
     teacher: Painter
@@ -145,6 +152,7 @@ class Evaluation:
     teacher_name: str = "teacher"
     identities: Mapping[str, str] = field(default_factory=dict[str, str])
     batch: int | None = None
+    fill: Fill | None = None
 
     def rows(self) -> Iterator[Row]:
         """The rows, each as soon as it is measured."""
@@ -152,10 +160,12 @@ class Evaluation:
             yield from self._group(guidance, 1.0, None)
             for strength in self.request.strengths:
                 yield from self._group(guidance, strength, self.images_to_start_from(guidance))
+            if self.teacher.inpaint:
+                yield from self._group(guidance, 1.0, None, self.to_fill(guidance))
 
-    def cells(self, guidance: float, strength: float) -> list[Cell]:
+    def cells(self, guidance: float, strength: float, task: Task = "paint") -> list[Cell]:
         """What is compared at one guidance and strength, the reference first."""
-        reference = self.reference(guidance, strength)
+        reference = replace(self.reference(guidance, strength), task=task)
         cells = [reference]
         if self.yardstick.judge is not None:
             cells.append(replace(reference, noise="other"))
@@ -167,13 +177,13 @@ class Evaluation:
                 if (sampler, steps) != (reference.sampler, reference.steps)
             ]
         able = [name for name, student in self.students.items() if student.runs_at(guidance)]
-        return cells + [Cell("student", name, guidance, strength) for name in able]
+        return cells + [Cell("student", name, guidance, strength, task=task) for name in able]
 
     def reference(self, guidance: float, strength: float = 1.0) -> Cell:
         steps = self.request.reference_steps
         return Cell("teacher", self.teacher_name, guidance, strength, sampler="ddim", steps=steps)
 
-    def latents(self, cell: Cell, x0: Tensor | None = None) -> tuple[Tensor, float]:
+    def latents(self, cell: Cell, x0: Tensor | None = None, fill: Fill | None = None) -> tuple[Tensor, float]:
         """The cell's latents (N, C, h, w) and the seconds that sampling took."""
 
         def paint() -> tuple[Tensor, float]:
@@ -186,6 +196,7 @@ class Evaluation:
                 sampler=cell.sampler,
                 negative=self.request.negative if cell.model == "teacher" else None,
                 x0=x0,
+                fill=fill,
                 strength=cell.strength,
                 batch=self.batch,
             )
@@ -197,6 +208,16 @@ class Evaluation:
         """(N, C, h, w): the reference's latent of the prompt before."""
         return self.latents(self.reference(guidance))[0].roll(1, 0)
 
+    def to_fill(self, guidance: float) -> Fill:
+        """What is filled in: what was given, or the middle of the pictures to start from."""
+        if self.fill is not None:
+            return self.fill
+        images = self.teacher.decode(self.images_to_start_from(guidance))
+        masks = torch.zeros(1, 1, *images.shape[2:])
+        top, left = (round(side * (1 - MIDDLE) / 2) for side in images.shape[2:])
+        masks[:, :, top : images.shape[2] - top, left : images.shape[3] - left] = 1
+        return Fill(images, masks)
+
     def _content(self, cell: Cell) -> str:
         """All that a cell's latents depend on."""
         request = self.request
@@ -207,22 +228,26 @@ class Evaluation:
     def _painter(self, cell: Cell) -> Painter:
         return self.teacher if cell.model == "teacher" else self.students[cell.name]
 
-    def _group(self, guidance: float, strength: float, x0: Tensor | None) -> Iterator[Row]:
+    def _group(
+        self, guidance: float, strength: float, x0: Tensor | None, fill: Fill | None = None
+    ) -> Iterator[Row]:
         """The rows of one guidance and strength."""
+        task: Task = "paint" if fill is None else "fill"
         judge, count = self.yardstick.judge, len(self.request.prompts)
         reference: Tensor | None = None
         reference_features: Tensor | None = None
         floor: float | None = None
-        for cell in self.cells(guidance, strength):
-            x0_hat, seconds = self.latents(cell, x0)
+        for cell in self.cells(guidance, strength, task):
+            x0_hat, seconds = self.latents(cell, x0, fill)
             painter = self._painter(cell)
-            images = painter.decode(x0_hat)
+            images = painter.decode(x0_hat, fill=fill)
             found = self.yardstick.see(images)
             to_teacher = _distance(found, reference_features)
             if cell.noise == "other":
                 floor = to_teacher
             plan = painter.plan(guidance=guidance, steps=cell.steps, sampler=cell.sampler, strength=strength)
             yield {
+                "task": task,
                 "model": cell.model,
                 "name": cell.name,
                 "noise": cell.noise,
@@ -254,6 +279,14 @@ def check_pair(teacher: Painter, students: Mapping[str, Painter], teacher_sha256
                 f"{name}: its latents are {student.latent_shape()}, the teacher's are "
                 f"{teacher.latent_shape()}; give the teacher that it was distilled from"
             )
+        if student.inpaint != teacher.inpaint:
+            kinds = [
+                "an inpainting model" if one.inpaint else "an ordinary one" for one in (student, teacher)
+            ]
+            raise BadInput(
+                f"{name}: the student is {kinds[0]} and the teacher {kinds[1]}; give the teacher that it was "
+                "distilled from"
+            )
         if student.spec.teacher_sha256 != teacher_sha256:
             log.warning("%s was distilled from another teacher (%s)", name, student.spec.teacher_name)
 
@@ -272,6 +305,8 @@ def _named(cell: Cell, count: int) -> str:
         parts.append(f"strength {cell.strength:g}")
     if cell.noise == "other":
         parts.append("other noise")
+    if cell.task == "fill":
+        parts.append("filling in")
     return ", ".join(parts)
 
 
@@ -302,6 +337,7 @@ def _cell_texts(row: Row) -> list[str]:
         return "-" if row[name] is None else format(row[name], form)
 
     model = row["name"] + (", other noise" if row["noise"] == "other" else "")
+    model += ", filling in" if row["task"] == "fill" else ""
     return [
         model,
         row["sampler"],

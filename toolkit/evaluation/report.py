@@ -189,10 +189,11 @@ def _measured(rows: Sequence[Row]) -> str:
 
 
 def _row_name(row: Row) -> str:
+    task = ", filling in" if row.get("task") == "fill" else ""
     if row["model"] == "student":
-        return str(row["name"])
+        return f"{row['name']}{task}"
     sampler = {"ddim": "DDIM", "dpmpp_2m": "DPM++ 2M"}.get(row["sampler"], row["sampler"])
-    return f"teacher, {sampler}" + (", other noise" if row["noise"] == "other" else "")
+    return f"teacher, {sampler}{task}" + (", other noise" if row["noise"] == "other" else "")
 
 
 def _legend(rows: Sequence[Row]) -> str:

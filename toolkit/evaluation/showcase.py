@@ -8,14 +8,16 @@ for.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from PIL import Image
 from torch import Tensor
 
+from ..training.masks import GREY
 from .evaluate import Cell, Evaluation, Request, Row, Yardstick
-from .painter import Painter
+from .painter import Fill, Painter
 from .pictures import grid, stack
 
 Picture = tuple[str, Image.Image]
@@ -44,12 +46,13 @@ def showcase(
     negative: str = "",
     seed: int = 0,
     reference_steps: int = 50,
+    fill: Callable[[Sequence[str]], Fill] | None = None,
 ) -> Showcase:
     """Compare the students of a run, by their steps, with their teacher.
 
     ``prompts`` are for the pictures; the table is measured at ``guidance`` on ``sample_prompts`` (on
     ``prompts`` where there are none), with a judge if the yardstick has one. Guidances that a student was not
-    trained for are left out.
+    trained for are left out. ``fill``: what inpainting models fill in for prompts.
     """
     small = Evaluation(
         teacher=teacher,
@@ -63,9 +66,14 @@ def showcase(
             reference_steps=reference_steps,
         ),
         yardstick=yardstick or Yardstick(),
+        fill=fill(prompts) if fill else None,
     )
     large = (
-        replace(small, request=replace(small.request, prompts=tuple(sample_prompts)))
+        replace(
+            small,
+            request=replace(small.request, prompts=tuple(sample_prompts)),
+            fill=fill(sample_prompts) if fill else None,
+        )
         if sample_prompts
         else small
     )
@@ -95,12 +103,24 @@ def side_by_side(
     pictures = [shown.over_guidance(guidances), shown.over_steps(able)]
     if strengths:
         pictures.append(shown.over_strength(strengths))
+    if evaluation.teacher.inpaint:
+        pictures.append(shown.filling_in(able))
     return tuple(pictures)
 
 
 def verdict(rows: Sequence[Row]) -> str | None:
     """One sentence: does the student of the fewest steps beat the teacher's DDIM at the same number of
-    steps?"""
+    steps? Another for filling in, where there are such rows."""
+    sentences = [
+        _verdict([row for row in rows if row.get("task", "paint") == "paint"]),
+        _verdict([row for row in rows if row.get("task") == "fill"]),
+    ]
+    if sentences[1]:
+        sentences[1] = f"Filling in a picture: {sentences[1]}"
+    return " ".join(sentence for sentence in sentences if sentence) or None
+
+
+def _verdict(rows: Sequence[Row]) -> str | None:
     students = [row for row in rows if row["model"] == "student" and row["strength"] == 1]
     if not students:
         return None
@@ -227,8 +247,26 @@ class _Shown:
         )
         return caption, self.in_columns(columns, labels)
 
-    def images(self, cell: Cell, x0: Tensor | None = None) -> Tensor:
-        return self.evaluation.teacher.decode(self.evaluation.latents(cell, x0)[0][: self.count])
+    def filling_in(self, students: Mapping[str, Painter]) -> Picture:
+        fill = self.evaluation.to_fill(self.guidance)
+        reference = replace(self.evaluation.reference(self.guidance), task="fill")
+        names = sorted(students, key=lambda name: _step_count(students[name]), reverse=True)
+        columns = [
+            fill.images[: self.count],
+            torch.where(fill.masks > 0, GREY, fill.images)[: self.count],
+            self.images(reference, fill=fill),
+            *(self.images(Cell("student", n, self.guidance, task="fill"), fill=fill) for n in names),
+        ]
+        labels = ["from", "what is kept", f"teacher, {reference.steps} steps", *names]
+        caption = (
+            f"Filling in at guidance {self.guidance:g}, what the prompt at the left says in place of what is "
+            "grey, from the same noise."
+        )
+        return caption, self.in_columns(columns, labels)
+
+    def images(self, cell: Cell, x0: Tensor | None = None, fill: Fill | None = None) -> Tensor:
+        x0_hat = self.evaluation.latents(cell, x0, fill)[0]
+        return self.evaluation.teacher.decode(x0_hat, fill=fill)[: self.count]
 
     def in_columns(self, columns: Sequence[Tensor], labels: Sequence[str]) -> Image.Image:
         rows = [[column[row] for column in columns] for row in range(len(self.prompts))]

@@ -49,10 +49,11 @@ def draw_masks(seeds: Sequence[int], height: int, width: int) -> Tensor:
 def inpaint_cond(images: Tensor, masks: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
     """(N, 5, h, w): the mask at the latents' size, and the latent of the picture that is grey under it.
 
-    ``images``: (N, 3, H, W) in [0, 1]; ``masks``: (N, 1, H, W); ``encode``: pictures -> scaled latents.
+    ``images``: (N or 1, 3, H, W) in [0, 1]; ``masks``: (N or 1, 1, H, W); ``encode``: pictures -> latents.
     """
     masked = encode(torch.where(masks > 0.5, GREY, images))
-    return torch.cat([at_latent_size(masks, masked).round(), masked], dim=1)
+    mask = at_latent_size(masks, masked).round()
+    return torch.cat([mask.expand(len(masked), -1, -1, -1), masked], dim=1)
 
 
 def at_latent_size(masks: Tensor, latents: Tensor) -> Tensor:
