@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from toolkit.demo import JUDGE, TEACHER, TOKENIZER
+from toolkit.demo import INPAINT_TEACHER, JUDGE, TEACHER, TOKENIZER
 from toolkit.demo.drawings import ATTRIBUTES, SPOKEN, captions, draw, labels, prompts, render, scenes
 from toolkit.demo.vocabulary import caption_words, merges, write_tokenizer
 
@@ -105,8 +105,9 @@ def test_merges_make_each_word_whole() -> None:
 def test_the_demo_files_are_small() -> None:
     tokenizer = sum(path.stat().st_size for path in TOKENIZER.iterdir())
     assert JUDGE.stat().st_size < 2 * MEGABYTE
-    assert TEACHER.stat().st_size < 15 * MEGABYTE
-    assert JUDGE.stat().st_size + TEACHER.stat().st_size + tokenizer < 30 * MEGABYTE
+    teachers = [TEACHER.stat().st_size, INPAINT_TEACHER.stat().st_size]
+    assert max(teachers) < 8 * MEGABYTE
+    assert JUDGE.stat().st_size + sum(teachers) + tokenizer < 20 * MEGABYTE
 
 
 def test_the_paths_need_the_standard_library_only() -> None:
@@ -124,3 +125,22 @@ def test_the_teacher_obeys_its_caption_when_guided() -> None:
     pictures = Painter.open(open_for_people(TEACHER)).paint(texts, seeds=range(16), guidance=4.0, steps=8)
     assert pictures.shape == (16, 3, 32, 32)
     assert float(load_judge().adherence(pictures, texts).float().mean()) >= 0.85
+
+
+def test_the_inpainting_teacher_fills_in_what_its_caption_says_and_shares_the_rest_with_the_teacher() -> None:
+    from toolkit.demo.inpainting import drawings_to_fill
+    from toolkit.demo.judge import load_judge
+    from toolkit.evaluation.painter import Fill, Painter
+    from toolkit.opening import open_for_people
+    from toolkit.runtime.files import load_tensors
+
+    texts = prompts(16, seed=2024)
+    fill = Fill(*drawings_to_fill(texts, seed=2024))
+    painter = Painter.open(open_for_people(INPAINT_TEACHER))
+    pictures = painter.paint(texts, seeds=range(16), guidance=4.0, steps=8, fill=fill)
+    assert float(load_judge().adherence(pictures, texts).float().mean()) >= 0.8
+    outside = (fill.masks == 0).expand_as(pictures)
+    assert torch.equal(pictures[outside], fill.images[outside])
+    plain, nine = load_tensors(TEACHER), load_tensors(INPAINT_TEACHER)
+    shared = [key for key in plain if not key.startswith("model.")]
+    assert shared and all(torch.equal(plain[key], nine[key]) for key in shared)

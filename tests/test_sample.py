@@ -155,9 +155,9 @@ def demo(folder, monkeypatch):
     """The test's teacher in the demo's place."""
     monkeypatch.setattr(opening, "TEACHER", folder / "teacher.safetensors")
     monkeypatch.setattr(opening, "TOKENIZER", folder / "tokenizer")
-    opening._demo_sha256.cache_clear()
+    opening._sha256.cache_clear()
     yield hashlib.sha256((folder / "teacher.safetensors").read_bytes()).hexdigest()
-    opening._demo_sha256.cache_clear()
+    opening._sha256.cache_clear()
 
 
 def test_the_demos_teacher_and_its_students_find_the_demos_words(folder, tmp_path, demo):

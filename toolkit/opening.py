@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .demo import TEACHER, TOKENIZER
+from .demo import INPAINT_TEACHER, TEACHER, TOKENIZER
 from .diffusion.errors import BadInput
 from .runtime.files import sha256_of
 from .training.checkpoint import Checkpoint, open_checkpoint
@@ -77,14 +77,13 @@ OVERRIDE_HELP = (
 
 
 def is_demo(checkpoint: Checkpoint) -> bool:
-    """Whether this is the demo's teacher, by content, or a student of it, by its spec."""
-    if not TEACHER.exists():
-        return False
+    """Whether this is a teacher of the demo's, by content, or a student of one, by its spec."""
+    stored = [file for file in (TEACHER, INPAINT_TEACHER) if file.exists()]
     if checkpoint.spec is not None:
-        return checkpoint.spec.teacher_sha256 == _demo_sha256()
+        return any(checkpoint.spec.teacher_sha256 == _sha256(file) for file in stored)
     path = checkpoint.path
-    return (
-        path.is_file() and path.stat().st_size == TEACHER.stat().st_size and sha256_of(path) == _demo_sha256()
+    return path.is_file() and any(
+        path.stat().st_size == file.stat().st_size and sha256_of(path) == _sha256(file) for file in stored
     )
 
 
@@ -106,5 +105,5 @@ def choose_dtype(precision: str | None, device: torch.device) -> torch.dtype:
 
 
 @cache
-def _demo_sha256() -> str:
-    return sha256_of(TEACHER)
+def _sha256(path: Path) -> str:
+    return sha256_of(path)

@@ -4,6 +4,9 @@ As Stable Diffusion's inpainting models were made: the first convolution gets ze
 masked picture's latent, so training starts from a network that ignores both, and goes on with the teacher's
 own objective (see `teacher`) on drawings under random masks. Only the U-Net is trained; text encoder and
 autoencoder stay the demo teacher's.
+
+The stored one is `python -m toolkit.demo.train --inpaint`: 3,000 updates of 64 of 10,000 drawings, each under
+one mask, at most 6e-4, falling over the second half; eleven minutes of one core.
 """
 
 from __future__ import annotations

@@ -32,6 +32,11 @@ def write_teacher(teacher: Teacher, path: Path) -> None:
         **text_to_ldm(teacher.text.state_dict()),
     }
     inpaint = teacher.unet.config["in_channels"] == 9
+    how = (
+        "The demo teacher, trained on for inpainting by toolkit.demo.train --inpaint."
+        if inpaint
+        else "Trained from nothing on captioned drawings by toolkit.demo.train."
+    )
     metadata = modelspec(
         title="FewStep demo inpainting teacher" if inpaint else "FewStep demo teacher",
         architecture="stable-diffusion-v1" + ("-inpainting" if inpaint else ""),
@@ -39,7 +44,7 @@ def write_teacher(teacher: Teacher, path: Path) -> None:
         resolution=(SIZE, SIZE),
         author="The FewStep authors",
         license="Apache-2.0",
-        description="Trained from nothing on captioned drawings by toolkit.demo.train.",
+        description=how,
     )
     write_half(state, path, metadata)
 
