@@ -44,7 +44,7 @@ from .training.families import Override, size_ids
 from .training.guests import Guest, Guests, parse_range
 from .training.loop import Job, LoopSettings, train
 from .training.lora import LoraFile, merge_loras, parse_lora, read_lora
-from .training.masks import Pictures
+from .training.masks import SHARES, Pictures
 from .training.networks import (
     DTYPES,
     decode_latents,
@@ -614,6 +614,7 @@ def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> st
         "data": "a folder of pictures"
         if settings.data
         else f"{settings.pictures} pictures of the teacher's own",
+        **({"masks": SHARES} if teacher.checkpoint.inpaint else {}),
         "training": f"batch {settings.batch_size}, lr {settings.lr:g}, updates {settings.updates}",
         "seed": str(settings.seed),
         **{f"LoRA {lora.name}": f"merged at strength {lora.strength:g}" for lora in teacher.checkpoint.loras},

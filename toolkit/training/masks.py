@@ -22,6 +22,8 @@ FULL, BOXES = 0.25, 0.35
 INSIDE_OUT = 0.25
 """Share of the boxes that are kept and all around them filled."""
 
+SHARES = f"{FULL:.0%} the whole picture, {BOXES:.0%} boxes, {1 - FULL - BOXES:.0%} strokes of a brush"
+
 GREY = 0.5
 """What stands in the masked picture's place: nothing at all, in [-1, 1]."""
 
