@@ -17,13 +17,15 @@ from toolkit.diffusion.grid import trailing_timesteps
 from toolkit.evaluation.evaluate import Evaluation, FolderStore, MemoryStore, Request, Yardstick, table
 from toolkit.evaluation.metrics import frechet_distance
 from toolkit.evaluation.painter import Painter
+from toolkit.evaluation.pictures import save_png, to_image
 from toolkit.evaluation.showcase import showcase, side_by_side, verdict
 from toolkit.training.checkpoint import open_checkpoint
 
 PROMPTS = tuple(f"prompt {number}" for number in range(8))
 ROW_NAMES = {
     "task", "model", "name", "noise", "sampler", "steps", "evaluations", "guidance", "strength", "samples",
-    "adherence", "frechet_real", "frechet_teacher", "frechet_ratio", "psnr_teacher", "seconds_per_image",
+    "adherence", "frechet_real", "frechet_teacher", "frechet_ratio", "kernel_teacher", "precision", "recall",
+    "psnr_teacher", "colour", "contrast", "sharpness", "clip_score", "seconds_per_image",
 }  # fmt: skip
 
 
@@ -257,6 +259,20 @@ def test_the_command_writes_rows_and_pictures(folder, tmp_path, capsys):
     }
     assert {row["steps"] for row in rows if row["model"] == "teacher"} == {3, 2, 1}
     assert {file.name for file in tmp_path.glob("*.png")} == {"guidance.png", "steps.png", "strength.png"}
+
+
+def test_without_a_judge_the_teachers_unet_looks_and_real_pictures_are_measured_too(folder, tmp_path, capsys):
+    real = tmp_path / "real"
+    for number in range(8):
+        save_png(to_image(torch.rand(3, 20, 16)), real / f"{number}.png")
+    evaluate.main(command(folder, tmp_path, "--samples", "8", "--real", str(real), "--json"))
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert all(row["adherence"] is None and row["frechet_real"] > 0 for row in rows)
+    floor, *others = rows[1:]
+    assert floor["noise"] == "other" and floor["frechet_ratio"] == 1
+    assert all(0 <= row["precision"] <= 1 and row["kernel_teacher"] is not None for row in [floor, *others])
+    with pytest.raises(BadInput, match="0 pictures"):
+        evaluate.main(command(folder, tmp_path, "--real", str(folder / "students")))
 
 
 def test_a_teachers_loras_are_merged_and_one_that_a_student_lacks_is_said(folder, tmp_path, capsys, caplog):

@@ -34,7 +34,9 @@ ROOMS = {
     "toolkit/training": Room(
         ours={"diffusion", "methods", "runtime"}, theirs=TRAINING_PACKAGES | DATA_PACKAGES | TOML
     ),
-    "toolkit/evaluation": Room(ours={"diffusion", "runtime", "training"}, theirs={"PIL", "numpy", "torch"}),
+    "toolkit/evaluation": Room(
+        ours={"diffusion", "runtime", "training"}, theirs={"PIL", "numpy", "torch", "transformers"}
+    ),
     "toolkit/demo": Room(
         ours={"diffusion", "evaluation", "methods", "runtime", "training"},
         theirs=TRAINING_PACKAGES | DATA_PACKAGES,

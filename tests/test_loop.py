@@ -36,7 +36,7 @@ from toolkit.training.loop import (
     lr_factor,
     train,
 )
-from toolkit.training.networks import unet_network
+from toolkit.training.networks import UNetNetwork
 from toolkit.training.samples import GuidanceRange, Samples
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -109,9 +109,9 @@ def test_the_untrained_student_is_the_teacher_bit_for_bit_at_any_guidance():
     z, t = torch.randn(3, 4, 4, 4), torch.tensor([0, 500, 999])
     cond = {"text": torch.randn(3, 5, 16)}
     with torch.no_grad():
-        expected = unet_network(plain)(z, t, cond, None)
+        expected = UNetNetwork(plain)(z, t, cond, None)
         for w in (None, torch.tensor([0.0, 3.0, 14.0])):
-            assert torch.equal(unet_network(student)(z, t, cond, w), expected)
+            assert torch.equal(UNetNetwork(student)(z, t, cond, w), expected)
 
 
 def test_a_run_trains_every_phase_and_leaves_a_student_of_each(tmp_path):
@@ -197,7 +197,7 @@ def disturbed(parameters: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
 
 
 def test_an_untrained_lora_student_is_the_teacher_bit_for_bit_at_any_guidance():
-    expected = ask(unet_network(tiny_unet()))
+    expected = ask(UNetNetwork(tiny_unet()))
     holder = one_network()
     pair = holder.pair(None, teacher="pair")
     for w in (None, torch.tensor([0.0, 3.0, 14.0])):
@@ -220,7 +220,7 @@ def test_one_network_is_the_teacher_an_earlier_student_and_the_student_in_turn()
     assert torch.equal(ask(pair.teacher, w), earlier) and not torch.allclose(ask(pair.student, w), earlier)
     again = holder.pair(first, teacher="pair")
     assert torch.equal(ask(again.student, w), earlier)
-    assert torch.equal(ask(again.teacher), ask(unet_network(tiny_unet())))
+    assert torch.equal(ask(again.teacher), ask(UNetNetwork(tiny_unet())))
     assert all(parameter.requires_grad for parameter in again.trained.values())
 
 
@@ -421,7 +421,7 @@ def test_guidance_is_drawn_over_the_whole_range_with_more_at_its_low_end():
 
 def test_the_features_shown_make_the_output_also_those_of_the_guided_pair():
     unet = tiny_unet(conditioned=False)
-    plain = NetworkDenoiser(unet_network(unet), SCHEDULE, "epsilon")
+    plain = NetworkDenoiser(UNetNetwork(unet), SCHEDULE, "epsilon")
     generator = torch.Generator().manual_seed(0)
     x, text = torch.randn(3, 4, 4, 4, generator=generator), torch.randn(4, 5, 16, generator=generator)
     sigma, w = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0.0, 3.0, 7.0])

@@ -9,10 +9,15 @@ from torch import Tensor
 from toolkit.evaluation.metrics import (
     BEST_PSNR,
     adherence,
+    colourfulness,
+    contrast,
     features,
     frechet_distance,
     gaussian_frechet,
+    kernel_distance,
+    precision_recall,
     psnr,
+    sharpness,
 )
 
 
@@ -89,3 +94,48 @@ def test_a_judge_sees_every_picture_with_its_own_caption_whatever_the_batch():
     for batch in (1, 2, 5, 9):
         assert adherence(BrightnessJudge(), images, captions, batch=batch) == pytest.approx(0.8)
         assert torch.equal(features(BrightnessJudge(), images, batch=batch), images.mean((2, 3)))
+
+
+def random_rows(count: int, seed: int, *, shift: float = 0.0) -> Tensor:
+    return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def test_the_kernel_distance_is_the_unbiased_sum_over_pairs():
+    a, b = random_rows(5, 1).double(), random_rows(4, 2, shift=1).double()
+
+    def kernel(x: Tensor, y: Tensor) -> float:
+        return float((x @ y / 4 + 1) ** 3)
+
+    within = [
+        sum(kernel(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j)
+        / (len(s) * (len(s) - 1))
+        for s in (a, b)
+    ]
+    between = sum(kernel(x, y) for x in a for y in b) / 20
+    assert kernel_distance(a, b) == pytest.approx(sum(within) - 2 * between, rel=1e-12)
+
+
+def test_the_kernel_distance_of_one_kind_is_zero_on_average():
+    found = [kernel_distance(random_rows(40, 2 * n), random_rows(40, 2 * n + 1)) for n in range(50)]
+    assert abs(sum(found) / 50) < 0.05 < kernel_distance(random_rows(40, 0), random_rows(40, 1, shift=1))
+
+
+def test_precision_falls_with_what_does_not_belong_and_recall_with_what_is_missing():
+    both = torch.cat([random_rows(40, 1), random_rows(40, 2, shift=100)])
+    one = random_rows(80, 3)
+    precision, recall = precision_recall(one, both)
+    assert precision > 0.8 and 0.3 < recall <= 0.5
+    precision, recall = precision_recall(both, one)
+    assert 0.3 < precision <= 0.5 and recall > 0.8
+    assert precision_recall(one, one) == (1.0, 1.0)
+
+
+def test_drifts_answer_to_what_they_are_called_after():
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) / 2 + 0.25
+    grey = images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    assert colourfulness(grey) == pytest.approx(0, abs=1e-7) and contrast(grey) == contrast(images)
+    flat = (images - 0.5) / 2 + 0.5
+    assert contrast(flat) == pytest.approx(contrast(images) / 2, rel=1e-5)
+    assert sharpness(flat) == pytest.approx(sharpness(images), rel=1e-5), "contrast is not sharpness"
+    soft = torch.nn.functional.avg_pool2d(images, 3, stride=1)
+    assert sharpness(soft) < 0.7 * sharpness(images)

@@ -47,6 +47,7 @@ from .training.lora import LoraFile, merge_loras, parse_lora, read_lora
 from .training.masks import SHARES, Pictures
 from .training.networks import (
     DTYPES,
+    UNetNetwork,
     decode_latents,
     denoiser,
     encode_images,
@@ -54,7 +55,6 @@ from .training.networks import (
     load_encoders,
     place,
     random_cond,
-    unet_network,
 )
 from .training.plan import Plan, free_memory, make_plan, measure, size, weights_bytes
 from .training.prompts import built_in_prompts, read_prompts, with_triggers
@@ -428,7 +428,7 @@ def _measurable(
     """A student as the run will train it, what of it is trained, and all its weights."""
     if settings.rank is None:
         unet = recomputing(place(checkpoint.unet(conditioned=phases[0].dial), device).train())
-        return unet_network(unet), list(unet.parameters()), list(unet.parameters())
+        return UNetNetwork(unet), list(unet.parameters()), list(unet.parameters())
     holder = OneNetwork(
         lambda: checkpoint.unet(conditioned=phases[0].dial),
         LoraShape(settings.rank),

@@ -7,8 +7,12 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .command import print_json, run
 from .demo.drawings import draw
@@ -16,7 +20,17 @@ from .demo.drawings import prompts as demo_prompts
 from .demo.inpainting import drawings_to_fill
 from .demo.judge import load_judge
 from .diffusion.errors import BadInput
-from .evaluation.evaluate import Evaluation, FolderStore, Request, Row, Yardstick, check_pair, table
+from .evaluation.evaluate import (
+    SELDOM,
+    Evaluation,
+    FolderStore,
+    Request,
+    Row,
+    Yardstick,
+    check_pair,
+    table,
+)
+from .evaluation.eyes import Clip, Eyes, InceptionEyes, TeacherEyes
 from .evaluation.metrics import adherence, features
 from .evaluation.painter import Fill, Painter
 from .evaluation.pictures import save_png
@@ -27,6 +41,7 @@ from .training.checkpoint import Checkpoint
 from .training.lora import with_loras
 from .training.networks import DTYPES
 from .training.prompts import built_in_prompts, read_prompts
+from .training.samples import PICTURES, load_picture
 
 log = logging.getLogger("fewstep")
 
@@ -36,8 +51,10 @@ EXAMPLES = """examples:
   python -m toolkit.evaluate --teacher toolkit/demo/teacher.safetensors --student runs/demo/students \\
     --steps 8 4 2 1 --guidance 1 2 4 8 --strength 0.2 0.35 0.5 0.7 --samples 2048 -o measured
 
-Adherence and Frechet distances need a judge, which only the demo's teacher and its students have; elsewhere
-they are null. A stopped evaluation goes on where it was when the same command is given again.
+Distances between sets of pictures are measured in features of the demo's judge or of the teacher's own
+UNet, or of networks that you have on disk (--inception, --clip); a row's "ratio" is to the distance of two
+sets that differ in nothing but the noise. Adherence needs the demo's judge. A stopped evaluation goes on
+where it was when the same command is given again.
 """
 REAL_DRAWINGS = 4096
 
@@ -57,11 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     demo = is_demo(teacher)
     painters = {name: Painter.open(student, device=device, dtype=dtype) for name, student in students.items()}
     request = _request(asked, painters, demo=demo)
+    painter = Painter.open(teacher, device=device, dtype=dtype)
     evaluation = Evaluation(
-        teacher=Painter.open(teacher, device=device, dtype=dtype),
+        teacher=painter,
         students=painters,
         request=request,
-        yardstick=_yardstick(asked.seed) if demo else Yardstick(),
+        yardstick=_yardstick(asked, painter, demo=demo, device=device),
         store=FolderStore(asked.out / "cache"),
         teacher_name=teacher.name,
         identities=_identities(teacher, students, asked),
@@ -118,6 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--negative", default="", metavar="TEXT", help="the teacher's negative prompt")
     add("--reference-steps", type=int, default=50, metavar="N", help="of the teacher's DDIM (default 50)")
     add("--batch-size", type=int, metavar="N", help="pictures at once (default: by their size)")
+    add("--real", type=Path, metavar="DIR", help="real pictures, to measure distances to them as well")
+    add("--inception", type=Path, metavar="FILE", help="inception-2015-12-05.pt, for FID as in papers")
+    add("--clip", type=Path, metavar="DIR", help="a CLIP model's folder, for CLIP scores")
     add_parts(parser)
     add("--device", help="cpu, cuda, cuda:1, mps ...; default: the best one there is")
     add("--precision", choices=sorted(DTYPES), help="default: fp16 on a GPU, fp32 elsewhere")
@@ -185,7 +206,20 @@ def _drawings_to_fill(prompts: Sequence[str], seed: int) -> Fill:
     return Fill(*drawings_to_fill(prompts, seed=seed))
 
 
-def _yardstick(seed: int) -> Yardstick:
+def _yardstick(asked: argparse.Namespace, teacher: Painter, *, demo: bool, device: torch.device) -> Yardstick:
+    """The first of: Inception, the demo's judge, CLIP, the teacher's own UNet; each if there is one."""
+    clip = None if asked.clip is None else Clip.open(asked.clip, device)
+    eyes: Eyes | None = None if asked.inception is None else InceptionEyes.open(asked.inception, device)
+    if demo and eyes is None and asked.real is None:
+        return replace(_demo_yardstick(asked.seed), clip=clip)
+    eyes = eyes or (None if demo else clip or TeacherEyes(teacher))
+    bare = Yardstick(judge=load_judge() if demo else None, eyes=eyes, clip=clip)
+    if asked.real is None:
+        return bare
+    return replace(bare, real=bare.see(_real_pictures(asked.real, teacher.size)))
+
+
+def _demo_yardstick(seed: int) -> Yardstick:
     """The demo's judge, and its features of real drawings."""
     judge = load_judge()
     drawings, captions = draw(REAL_DRAWINGS, seed=seed)
@@ -193,6 +227,20 @@ def _yardstick(seed: int) -> Yardstick:
         "judge: %.1f %% right on %d real drawings", 100 * adherence(judge, drawings, captions), REAL_DRAWINGS
     )
     return Yardstick(judge, features(judge, drawings))
+
+
+def _real_pictures(folder: Path, size: tuple[int, int]) -> Tensor:
+    """(M, 3, H, W): a folder's pictures at the teacher's size; BadInput for too few."""
+    if not folder.is_dir():
+        raise BadInput(f"--real {folder}: there is no such folder; give one that holds pictures")
+    height, width = size
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    if len(paths) < SELDOM:
+        raise BadInput(
+            f"--real {folder}: {len(paths)} pictures were found; a distance needs {SELDOM} at least, and "
+            "means something from some thousand"
+        )
+    return torch.stack([load_picture(path, width, height) for path in paths])
 
 
 def _say_other_loras(teacher: Checkpoint, students: Mapping[str, Checkpoint]) -> None:

@@ -15,22 +15,35 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..diffusion.errors import BadInput
 from ..runtime.files import load_tensors, read_metadata, save_tensors
-from .metrics import Judge, adherence, features, frechet_distance, psnr
+from .eyes import Clip, Eyes
+from .metrics import (
+    Judge,
+    adherence,
+    colourfulness,
+    contrast,
+    features,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+    psnr,
+    sharpness,
+)
 from .painter import Fill, Painter
 
 log = logging.getLogger("fewstep")
 
 Row: TypeAlias = dict[str, Any]
 """task (paint or fill), model, name, noise, sampler, steps, evaluations, guidance, strength, samples,
-adherence, frechet_real, frechet_teacher, frechet_ratio (to "other noise"), psnr_teacher (dB),
-seconds_per_image (sampling alone)."""
+adherence, frechet_real, frechet_teacher, frechet_ratio (to "other noise"), kernel_teacher, precision, recall,
+psnr_teacher (dB), colour, contrast, sharpness (all three: the share by which they exceed the reference's),
+clip_score, seconds_per_image (sampling alone)."""
 
 REFERENCE_STEPS = 50
 MIDDLE = 0.7
@@ -38,18 +51,32 @@ MIDDLE = 0.7
 
 Task = Literal["paint", "fill"]
 SELDOM = 8
-"""Fewer samples than this give no Frechet distance."""
+"""Fewer samples than this give no distance between sets."""
+DRIFTS: dict[str, Callable[[Tensor], float]] = {
+    "colour": colourfulness,
+    "contrast": contrast,
+    "sharpness": sharpness,
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Yardstick:
-    """``real``: (M, F) the judge's features of real pictures. Without a judge PSNR and time are measured.
+    """``judge`` says what pictures show; ``eyes`` (the judge's, if nothing else is given) are what distances
+    between sets are measured in, ``real`` (M, F) what they see in real pictures; ``clip`` scores captions.
+    Without any of them PSNR, drifts and time are measured.
 
-    Distances are in units of the real features' mean spread, so that their size is not the judge's choice.
+    Distances are in units of the real features' mean spread, so that their size is not the eyes' choice.
     """
 
     judge: Judge | None = None
     real: Tensor | None = None
+    eyes: Eyes | None = None
+    clip: Clip | None = None
+
+    @property
+    def sees(self) -> bool:
+        """Whether sets of pictures can be compared."""
+        return self.eyes is not None or self.judge is not None
 
     @property
     def unit(self) -> float:
@@ -58,11 +85,20 @@ class Yardstick:
 
     def see(self, images: Tensor) -> Tensor | None:
         """Features (N, F), in units, of pictures (N, 3, H, W)."""
+        if self.eyes is not None:
+            return self.eyes(images) / self.unit
         return None if self.judge is None else features(self.judge, images) / self.unit
 
     def to_real(self, found: Tensor | None) -> float | None:
         """Frechet distance from features in units to those of the real pictures."""
-        return None if self.real is None else _distance(found, self.real / self.unit)
+        return None if self.real is None else _between(found, self.real / self.unit, frechet_distance)
+
+    def agreement(self, images: Tensor, captions: Sequence[str]) -> dict[str, float | None]:
+        """How well pictures go with their captions."""
+        return {
+            "adherence": None if self.judge is None else adherence(self.judge, images, list(captions)),
+            "clip_score": None if self.clip is None else self.clip.score(images, captions),
+        }
 
 
 @dataclass(frozen=True)
@@ -167,7 +203,7 @@ class Evaluation:
         """What is compared at one guidance and strength, the reference first."""
         reference = replace(self.reference(guidance, strength), task=task)
         cells = [reference]
-        if self.yardstick.judge is not None:
+        if self.yardstick.sees:
             cells.append(replace(reference, noise="other"))
         if strength == 1:
             cells += [
@@ -233,7 +269,7 @@ class Evaluation:
     ) -> Iterator[Row]:
         """The rows of one guidance and strength."""
         task: Task = "paint" if fill is None else "fill"
-        judge, count = self.yardstick.judge, len(self.request.prompts)
+        count = len(self.request.prompts)
         reference: Tensor | None = None
         reference_features: Tensor | None = None
         floor: float | None = None
@@ -242,9 +278,9 @@ class Evaluation:
             painter = self._painter(cell)
             images = painter.decode(x0_hat, fill=fill)
             found = self.yardstick.see(images)
-            to_teacher = _distance(found, reference_features)
+            apart = _apart(found, reference_features)
             if cell.noise == "other":
-                floor = to_teacher
+                floor = apart["frechet_teacher"]
             plan = painter.plan(guidance=guidance, steps=cell.steps, sampler=cell.sampler, strength=strength)
             yield {
                 "task": task,
@@ -257,11 +293,14 @@ class Evaluation:
                 "guidance": guidance,
                 "strength": strength,
                 "samples": count,
-                "adherence": None if judge is None else adherence(judge, images, list(self.request.prompts)),
+                **self.yardstick.agreement(images, self.request.prompts),
                 "frechet_real": self.yardstick.to_real(found),
-                "frechet_teacher": to_teacher,
-                "frechet_ratio": None if to_teacher is None or not floor else to_teacher / floor,
+                **apart,
+                "frechet_ratio": apart["frechet_teacher"] / floor
+                if apart["frechet_teacher"] and floor
+                else None,
                 "psnr_teacher": None if reference is None else float(psnr(images, reference).mean()),
+                **_drift(images, reference),
                 "seconds_per_image": seconds / count,
             }
             if reference is None:
@@ -291,10 +330,32 @@ def check_pair(teacher: Painter, students: Mapping[str, Painter], teacher_sha256
             log.warning("%s was distilled from another teacher (%s)", name, student.spec.teacher_name)
 
 
-def _distance(a: Tensor | None, b: Tensor | None) -> float | None:
+def _apart(found: Tensor | None, reference: Tensor | None) -> dict[str, float | None]:
+    """How far a set is from the reference's, by their features."""
+    precision, recall = _between(found, reference, precision_recall) or (None, None)
+    return {
+        "frechet_teacher": _between(found, reference, frechet_distance),
+        "kernel_teacher": _between(found, reference, kernel_distance),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def _drift(images: Tensor, reference: Tensor | None) -> dict[str, float | None]:
+    """By which share colour, contrast and sharpness exceed the reference's."""
+    return {
+        name: None if reference is None else measure(images) / max(measure(reference), 1e-9) - 1
+        for name, measure in DRIFTS.items()
+    }
+
+
+Found = TypeVar("Found")
+
+
+def _between(a: Tensor | None, b: Tensor | None, measure: Callable[[Tensor, Tensor], Found]) -> Found | None:
     if a is None or b is None or min(len(a), len(b)) < SELDOM:
         return None
-    return frechet_distance(a, b)
+    return measure(a, b)
 
 
 def _named(cell: Cell, count: int) -> str:
@@ -310,45 +371,44 @@ def _named(cell: Cell, count: int) -> str:
     return ", ".join(parts)
 
 
+COLUMNS = {
+    "sampler": ("sampler", ""),
+    "steps": ("steps", ""),
+    "evaluations": ("evals", ""),
+    "guidance": ("guidance", "g"),
+    "strength": ("strength", "g"),
+    "adherence": ("adherence", ".3f"),
+    "clip_score": ("CLIP", ".2f"),
+    "frechet_real": ("FD real", ".2f"),
+    "frechet_teacher": ("FD teacher", ".3f"),
+    "frechet_ratio": ("ratio", ".2f"),
+    "kernel_teacher": ("KD teacher", ".4f"),
+    "precision": ("precision", ".2f"),
+    "recall": ("recall", ".2f"),
+    "psnr_teacher": ("PSNR", ".1f"),
+    "colour": ("colour", "+.1%"),
+    "contrast": ("contrast", "+.1%"),
+    "sharpness": ("sharpness", "+.1%"),
+    "seconds_per_image": ("s/image", ".4f"),
+}
+"""A row's names -> heading and format, in the order of :func:`table`."""
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Rows as text in columns, for people."""
-    heads = [
-        "model",
-        "sampler",
-        "steps",
-        "evals",
-        "guidance",
-        "strength",
-        "adherence",
-        "FD real",
-        "FD teacher",
-        "ratio",
-    ]
-    heads += ["PSNR", "s/image"]
-    lines = [heads, *([_cell_texts(row) for row in rows])]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    """Rows as text in columns, for people; a column with nothing in it is left out."""
+    shown = {name: how for name, how in COLUMNS.items() if any(row.get(name) is not None for row in rows)}
+    lines = [["model", *(head for head, _ in shown.values())]]
+    for row in rows:
+        cells = [
+            "-" if row.get(name) is None else format(row[name], form) for name, (_, form) in shown.items()
+        ]
+        lines.append([_model(row), *cells])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines
     )
 
 
-def _cell_texts(row: Row) -> list[str]:
-    def number(name: str, form: str) -> str:
-        return "-" if row[name] is None else format(row[name], form)
-
+def _model(row: Row) -> str:
     model = row["name"] + (", other noise" if row["noise"] == "other" else "")
-    model += ", filling in" if row["task"] == "fill" else ""
-    return [
-        model,
-        row["sampler"],
-        str(row["steps"]),
-        str(row["evaluations"]),
-        number("guidance", "g"),
-        number("strength", "g"),
-        number("adherence", ".3f"),
-        number("frechet_real", ".2f"),
-        number("frechet_teacher", ".3f"),
-        number("frechet_ratio", ".2f"),
-        number("psnr_teacher", ".1f"),
-        number("seconds_per_image", ".4f"),
-    ]
+    return model + (", filling in" if row["task"] == "fill" else "")

@@ -3,7 +3,8 @@
 Frechet distance: Heusel et al. 2017, "GANs trained by a two time-scale update rule ...", of Gaussians fitted
 to features: ``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))``. Its size depends on the features and,
 through the fit, on the number of samples: compare it with the distance of two sets that differ in nothing but
-the noise.
+the noise. The kernel distance (Binkowski et al. 2018, "Demystifying MMD GANs") has no such bias. Precision
+and recall: Kynkaanniemi et al. 2019, "Improved precision and recall metric for assessing generative models".
 """
 
 from __future__ import annotations
@@ -48,6 +49,55 @@ def gaussian_frechet(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covar
     overlap = torch.linalg.eigvalsh((between + between.T) / 2).clamp(min=0).sqrt().sum()
     spread = covariance_a.double().trace() + covariance_b.double().trace() - 2 * overlap
     return max(float((mean_a.double() - mean_b.double()).square().sum() + spread), 0.0)
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """Squared maximum mean discrepancy of the features a (N, F) and b (M, F) under the kernel
+    ``(x y / F + 1)^3``, unbiased: 0 on average for sets of one kind, so that single values may be negative.
+    """
+    a, b = a.double(), b.double()
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: Tensor) -> Tensor:
+        values = kernel(x, x)
+        return (values.sum() - values.trace()) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+
+
+def precision_recall(found: Tensor, reference: Tensor, *, neighbours: int = 3) -> tuple[float, float]:
+    """Share of ``found`` (N, F) within the reach of ``reference`` (M, F), and the other way about.
+
+    A set's reach: around each sample a ball up to its k-th nearest neighbour in the set. More than k samples
+    are needed in both.
+    """
+
+    def share(inside: Tensor, of: Tensor) -> float:
+        own = torch.cdist(of, of)
+        radius = own.kthvalue(neighbours + 1, dim=1).values  # the nearest of all is the sample itself
+        return float((torch.cdist(inside, of) <= radius).any(1).double().mean())
+
+    found, reference = found.double(), reference.double()
+    return share(found, reference), share(reference, found)
+
+
+def colourfulness(images: Tensor) -> float:
+    """Mean distance of the pixels of pictures (N, 3, H, W) from grey, in units of the range."""
+    return float((images - images.mean(1, keepdim=True)).square().mean(1).sqrt().double().mean())
+
+
+def contrast(images: Tensor) -> float:
+    """Mean over pictures (N, 3, H, W) of the standard deviation of their brightness."""
+    return float(images.mean(1).flatten(1).double().std(1).mean())
+
+
+def sharpness(images: Tensor) -> float:
+    """Mean step of brightness between neighbouring pixels of pictures (N, 3, H, W), over their contrast."""
+    grey = images.mean(1).double()
+    step = grey.diff(dim=1).abs().mean() + grey.diff(dim=2).abs().mean()
+    return float(step / 2) / max(contrast(images), 1e-9)
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:

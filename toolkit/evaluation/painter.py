@@ -207,7 +207,7 @@ class Painter:
         height, width = (side * self.downscale for side in shape[1:])
         cond = with_sizes(self._conditioning(prompts), width=width, height=height)
         if self.inpaint:
-            cond = {**cond, "inpaint": self._seen(fill, len(prompts), height, width).to(self.device)}
+            cond = {**cond, "inpaint": self.seen(fill, len(prompts), height, width).to(self.device)}
         batch = batch or max(1, _LATENT_CELLS // (shape[1] * shape[2]))
         sigmas = torch.tensor(plan.sigmas, dtype=torch.float64)
         starts = [
@@ -257,7 +257,7 @@ class Painter:
         """Pictures (N, 3, H, W) in [0, 1] -> latents (N, C, h, w) to start from."""
         return encode_images(images, self.vae)
 
-    def _seen(self, fill: Fill | None, count: int, height: int, width: int) -> Tensor:
+    def seen(self, fill: Fill | None, count: int, height: int, width: int) -> Tensor:
         """(N, 5, h, w): what an inpainting network is told."""
         if fill is None:
             return Pictures(self.encode, self.decode, self.downscale).nothing(count, height, width)

@@ -163,6 +163,9 @@ def _measured(rows: Sequence[Row]) -> str:
         "frechet_teacher": ".3f",
         "frechet_ratio": ".2f",
         "psnr_teacher": ".1f",
+        "colour": "+.0%",
+        "contrast": "+.0%",
+        "sharpness": "+.0%",
         "seconds_per_image": ".4f",
     }
     heads = {
@@ -172,14 +175,14 @@ def _measured(rows: Sequence[Row]) -> str:
         "psnr_teacher": "PSNR, dB",
         "seconds_per_image": "s / picture",
     }
-    used = [name for name in columns if any(row[name] is not None for row in rows)]
+    used = [name for name in columns if any(row.get(name) is not None for row in rows)]
     if all(row["strength"] == 1 for row in rows):
         used.remove("strength")
     head = "".join(f"<th>{heads.get(name, name)}</th>" for name in used)
     lines = [
         f'<tr class="{row["model"]}"><td>{_text(_row_name(row))}</td>'
         + "".join(
-            f"<td>{'' if row[name] is None else format(row[name], columns[name])}</td>" for name in used
+            f"<td>{'' if row.get(name) is None else format(row[name], columns[name])}</td>" for name in used
         )
         + "</tr>"
         for row in rows
@@ -199,7 +202,8 @@ def _row_name(row: Row) -> str:
 def _legend(rows: Sequence[Row]) -> str:
     said = [
         f"{rows[0]['samples']} pictures a row. PSNR is to the teacher's own picture from the same noise "
-        "(first row); seconds are sampling alone."
+        "(first row); colour, contrast and sharpness are the shares by which they exceed that one's; seconds "
+        "are sampling alone."
     ]
     if any(row["adherence"] is not None for row in rows):
         said.append(

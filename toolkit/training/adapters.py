@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..diffusion.denoiser import Cond, Network
-from .networks import place, unet_network
+from .networks import UNetNetwork, place
 
 State: TypeAlias = Mapping[str, Tensor]
 
@@ -83,7 +83,7 @@ class TwoNetworks:
     autocast: Callable[[Network], Network]
 
     def untrained(self) -> Network:
-        return unet_network(place(self.new_unet(), self.device).eval())
+        return UNetNetwork(place(self.new_unet(), self.device).eval())
 
     def pair(self, previous: State | None, *, teacher: Literal["pair", "previous"]) -> Pair:
         frozen, student = self.new_unet(), self.new_unet()
@@ -94,8 +94,8 @@ class TwoNetworks:
         frozen = place(frozen, self.device, self.dtype).eval().requires_grad_(False)
         student = recomputing(place(student, self.device).train())
         return Pair(
-            student=self.autocast(unet_network(student)),
-            teacher=unet_network(frozen),
+            student=self.autocast(UNetNetwork(student)),
+            teacher=UNetNetwork(frozen),
             trained=dict(student.named_parameters()),
         )
 
@@ -132,7 +132,7 @@ class OneNetwork:
         recomputing(unet.train())
         self._layers: list[Any] = []
         self._kinds = (BaseTunerLayer, ModulesToSaveWrapper)
-        self._network = autocast(unet_network(unet))
+        self._network = autocast(UNetNetwork(unet))
         self._settle()
         self._first = {name: value.detach().clone() for name, value in self._parameters(_STUDENT).items()}
 

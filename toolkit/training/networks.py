@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ..diffusion.denoiser import Cond, Network, NetworkDenoiser
+from ..diffusion.denoiser import Cond, NetworkDenoiser
 from ..diffusion.guidance import w_embedding
 from ..diffusion.hidden import show
 from ..diffusion.prediction import PredictionType
@@ -22,19 +22,23 @@ from .checkpoint import Checkpoint
 from .families import CLIP_L, TextEncoder, size_ids
 
 
-def unet_network(unet: torch.nn.Module) -> Network:
+@dataclass(frozen=True, eq=False)
+class UNetNetwork:
     """A UNet2DConditionModel (or a wrapper of one) as a network; w None runs without the guidance input's
     shift. It shows what its last convolution sees.
     """
 
-    def look(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        show(inputs[0])
+    unet: torch.nn.Module
 
-    unet.get_submodule("conv_out").register_forward_pre_hook(look)
+    def __post_init__(self) -> None:
+        def look(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            show(inputs[0])
 
-    def call(z: Tensor, timestep: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
-        dtype = next(unet.parameters()).dtype
-        return unet(
+        self.unet.get_submodule("conv_out").register_forward_pre_hook(look)
+
+    def __call__(self, z: Tensor, timestep: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        dtype = next(self.unet.parameters()).dtype
+        return self.unet(
             z.to(dtype),
             timestep,
             cond["text"].to(dtype),
@@ -42,8 +46,6 @@ def unet_network(unet: torch.nn.Module) -> Network:
             added_cond_kwargs=added_conditions(cond, dtype),
             return_dict=False,
         )[0]
-
-    return call
 
 
 def added_conditions(cond: Cond, dtype: torch.dtype) -> dict[str, Tensor] | None:
@@ -56,7 +58,7 @@ def added_conditions(cond: Cond, dtype: torch.dtype) -> dict[str, Tensor] | None
 def denoiser(
     unet: torch.nn.Module, *, schedule: NoiseSchedule, prediction_type: PredictionType
 ) -> NetworkDenoiser:
-    return NetworkDenoiser(unet_network(unet), schedule, prediction_type)
+    return NetworkDenoiser(UNetNetwork(unet), schedule, prediction_type)
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
