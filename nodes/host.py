@@ -45,6 +45,15 @@ from ..toolkit.diffusion.guidance import bias_shift
 from ..toolkit.diffusion.schedule import CLEAN
 from ..toolkit.diffusion.spec import SPEC_KEY, StudentSpec
 from ..toolkit.runtime.files import SAVED_SPEC, load_tensors, spec_tensor, spec_text
+from ..toolkit.runtime.sentences import (
+    DIAL_MISSING,
+    UNGUIDED,
+    baked_ignores,
+    metadata_gone,
+    negative_ignored,
+    no_dial,
+    not_the_students_sampler,
+)
 from ..toolkit.runtime.student import (
     COND_PROJ,
     LORA_COND_PROJ,
@@ -214,11 +223,7 @@ def _student_config(base: type, family: str) -> type:
                 self.spec = _spec_of(state_dict)
                 assert self.spec is not None, "matches() said that this is a student"
                 if self.spec.method == "unknown":
-                    say(
-                        "this student's metadata is gone (a merger or pruner dropped it): taken for a "
-                        f"{self.spec.steps}-step student of {self.spec.prediction_type}, guidance 1 to 15; "
-                        "`python -m toolkit.inspect FILE --attach-spec SPEC.json` mends the file"
-                    )
+                    say(metadata_gone(self.spec))
             return self.spec
 
     StudentConfig.__name__ = StudentConfig.__qualname__ = f"FewStep{base.__name__}"
@@ -258,7 +263,7 @@ def _as_student(model: Any, spec: StudentSpec, cond_proj: Tensor | None, device:
         layer = type(unet.time_embed[0])(dim, width, bias=False, dtype=unet.dtype, device=device)
         unet.time_embed = TimeEmbed(unet.time_embed, layer)
     elif spec.has_dial:
-        say("this student's guidance input is missing (a pruner dropped it): its guidance dial is gone")
+        say(DIAL_MISSING)
         spec = replace(spec, w_embedding=None)
     base = type(model)
     model.__class__ = type(f"Student{base.__name__}", (StudentModel, base), {})
@@ -437,7 +442,7 @@ def _check_guidance(spec: StudentSpec, values: Sequence[float], *, stated: bool)
         for value in values:
             spec.check_guidance(value)
     if spec.has_dial and 1 in values:
-        say("guidance 1 is unguided: the student does as its teacher does without cfg", "info")
+        say(UNGUIDED, "info")
 
 
 def _guidance_of_run(spec: StudentSpec, options: Choice, guider: Any) -> float:
@@ -503,15 +508,11 @@ def _warn_of_habits(spec: StudentSpec, options: Choice, guider: Any) -> None:
     """What people's graphs do out of habit and a student does not heed."""
     cfg = _cfg_of(guider)
     if "negative" in guider.conds and not options.live_negative:
-        baked = f'; "{spec.negative}" is baked in' if spec.negative else ""
-        say(f"the negative prompt has no effect on this student{baked} (live_negative heeds one)", "info")
+        say(f"{negative_ignored(spec)} (live_negative heeds one)", "info")
     if spec.baked_guidance is not None and "negative" in guider.conds and cfg not in (1, spec.baked_guidance):
-        say(
-            f"this file has guidance {spec.baked_guidance:g} baked in: cfg {cfg:g} has no effect; set cfg 1, "
-            "or use the student that it was exported from"
-        )
+        say(baked_ignores(spec, cfg))
     elif spec.w_embedding is None and cfg != 1:
-        say(f"this student has no guidance dial: cfg {cfg:g} has no effect")
+        say(no_dial(cfg))
     if "sampler_cfg_function" in guider.model_options:
         say("RescaleCFG and other changes of the cfg formula have no effect on a student: there is no cfg")
     if any(guider.model_options.get(f"sampler_{when}_cfg_function") for when in ("pre", "post")):
@@ -535,11 +536,7 @@ def _warn_of_sampler(spec: StudentSpec, guider: Any, sampler: Any, sigmas: Tenso
     euler = function is comfy.k_diffusion.sampling.sample_euler and spec.sampler == "deterministic"
     if not (on_grid and euler):
         name = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
-        timesteps = ", ".join(map(str, spec.timesteps))
-        say(
-            f"this student was made for the sampler fewstep and the timesteps {timesteps}; {name} with these "
-            "steps and this scheduler is not that: choose the sampler fewstep"
-        )
+        say(not_the_students_sampler(spec, name, KEY))
 
 
 # -- Sampling --------------------------------------------------------------------------------------------
@@ -556,7 +553,7 @@ def sample_fewstep(
     spec = expect_student(guider.model_patcher, "the sampler fewstep")
     schedule = schedule_of(guider.inner_model.model_sampling.sigmas)
     seed = (extra_args or {}).get("seed") or 0
-    plan = plan_walk(spec, schedule, sigmas, seed=seed)
+    plan = plan_walk(spec, schedule, sigmas, seeds=[seed])
     start = plan.sigmas[0].to(x)
     if plan.note:
         say(plan.note, "info")

@@ -13,8 +13,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..toolkit.diffusion.errors import BadInput
-from ..toolkit.runtime.samplers import strength_sigma, walk
-from ..toolkit.runtime.student import plan_walk, schedule_of, trained_sigmas
+from ..toolkit.runtime.student import plan_walk, schedule_of, sigmas_from
 from . import host
 from .loading import CATEGORY
 
@@ -88,12 +87,7 @@ def start_sigmas(model: Any, start: float, steps: int) -> torch.Tensor:
     if start <= 0:
         return torch.zeros(0)
     schedule = schedule_of(model.get_model_object("model_sampling").sigmas)
-    full = trained_sigmas(spec, schedule, steps)
-    sigma = strength_sigma(start, schedule)
-    if sigma is None:
-        return full.float()
-    timesteps = schedule.timestep(full[:-1]).tolist()
-    return walk(timesteps, schedule, start_sigma=sigma, any_start=spec.any_start).float()
+    return sigmas_from(spec, schedule, start, steps).float()
 
 
 class FewStepSigmas(io.ComfyNode):
@@ -182,7 +176,7 @@ class FewStepKSampler(io.ComfyNode):
         timesteps: tuple[int, ...] = ()
         if len(sigmas):
             schedule = schedule_of(model.get_model_object("model_sampling").sigmas)
-            timesteps = plan_walk(spec, schedule, sigmas, seed=seed).timesteps
+            timesteps = plan_walk(spec, schedule, sigmas, seeds=[seed]).timesteps
         text = f"timesteps {', '.join(map(str, timesteps)) or 'none'}; guidance {guidance:g}"
         return io.NodeOutput({**latent, "samples": samples}, ui=ui.PreviewText(text))
 

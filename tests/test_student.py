@@ -96,11 +96,11 @@ def test_a_walk_in_the_hosts_own_table_runs_trained_entries_from_any_start():
     schedule = schedule_of(SCHEDULE.sigmas.float())
     spec = make_spec()
     tail = torch.tensor([5.0, 3.0, 1.0, 0.0])
-    plan = plan_walk(spec, schedule, tail, seed=0)
+    plan = plan_walk(spec, schedule, tail, seeds=[0])
     assert float(plan.sigmas[0]) == 5 and plan.timesteps[1:] == (749, 499, 249) and plan.note == ""
-    snapped = plan_walk(replace(spec, any_start=False), schedule, tail, seed=0)
+    snapped = plan_walk(replace(spec, any_start=False), schedule, tail, seeds=[0])
     assert snapped.timesteps == (749, 499, 249) and "nearest trained one, 749" in snapped.note
-    consistency = plan_walk(replace(spec, sampler="consistency"), schedule, tail, seed=0)
+    consistency = plan_walk(replace(spec, sampler="consistency"), schedule, tail, seeds=[0])
     assert consistency.sigmas.tolist() == tail.tolist()
 
 

@@ -111,24 +111,12 @@ class Models:
     @cached_property
     def style_lora(self) -> Model:
         """A person's LoRA: low-rank on attention and on the time embedding."""
-        return self.lora("style", _low_rank(11, ["time_embedding.linear_1"], scale=0.3), {})
+        return self.lora("style", style_lora_tensors(), {})
 
     @cached_property
     def student_lora(self) -> Model:
         """For ``teacher``: attention low-rank, the time embedding in full, the dial, and its shift baked."""
-        generator = torch.Generator().manual_seed(12)
-        teacher = _unet(1)
-        weight, bias = teacher[_TIME_WEIGHT], teacher[_TIME_BIAS]
-        diff = 0.02 * torch.randn(weight.shape, generator=generator)
-        cond_proj = torch.randn((weight.shape[1], 256), generator=generator) / 16
-        shift = bias_shift(weight + diff, cond_proj, LORA_BAKED_GUIDANCE - 1)
-        tensors = _low_rank(13, [], scale=0.3) | {
-            f"{_TIME_LORA}.diff": diff,
-            f"{_TIME_LORA}.diff_b": (
-                0.1 * torch.randn(bias.shape, generator=generator).double() + shift
-            ).float(),
-            "fewstep.cond_proj.weight": cond_proj,
-        }
+        tensors = student_lora_tensors(_unet(1))
         spec = make_spec(container="lora", baked_guidance=LORA_BAKED_GUIDANCE, lora_rank=4)
         return self.lora("student", tensors, student_metadata(spec, SIZE), spec)
 
@@ -203,6 +191,24 @@ class Models:
         path = self.folder / "loras" / f"{name}.safetensors"
         save_tensors(tensors, metadata, path)
         return Model(path, spec)
+
+
+def style_lora_tensors() -> dict[str, Tensor]:
+    return _low_rank(11, ["time_embedding.linear_1"], scale=0.3)
+
+
+def student_lora_tensors(teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A student's LoRA for a UNet of these tensors."""
+    generator = torch.Generator().manual_seed(12)
+    weight, bias = teacher[_TIME_WEIGHT].float(), teacher[_TIME_BIAS].float()
+    diff = 0.02 * torch.randn(weight.shape, generator=generator)
+    cond_proj = torch.randn((weight.shape[1], 256), generator=generator) / 16
+    shift = bias_shift(weight + diff, cond_proj, LORA_BAKED_GUIDANCE - 1)
+    return _low_rank(13, [], scale=0.3) | {
+        f"{_TIME_LORA}.diff": diff,
+        f"{_TIME_LORA}.diff_b": (0.1 * torch.randn(bias.shape, generator=generator).double() + shift).float(),
+        "fewstep.cond_proj.weight": cond_proj,
+    }
 
 
 def controlnet_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ sigmas."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import CLEAN, NoiseSchedule
 from ..diffusion.spec import StudentSpec
 from .files import Header, read_header, spec_from
-from .samplers import entry_below, later_noise, student_sampler, walk
+from .samplers import entry_below, later_noise, strength_sigma, student_sampler, walk
 
 COND_PROJ = "time_embed.cond_proj.weight"
 """How the guidance input's key ends, whatever the file's prefix."""
@@ -83,6 +83,18 @@ def embedded(spec: StudentSpec, guidance: Sequence[float]) -> Tensor:
         spec.check_guidance(value)
     w = torch.tensor([value - 1 for value in guidance])
     return w_embedding(w, dim=spec.w_embedding.dim, scale=spec.w_embedding.scale)
+
+
+def time_shift(spec: StudentSpec, cond_proj: Tensor, guidance: float, *, strength: float = 1.0) -> Tensor:
+    """(C,) float32, what joins the sinusoid of the time embedding at one guidance: ``P e(w)``.
+
+    Of a student LoRA, whose stock loader adds the shift of the baked guidance at the LoRA's ``strength``,
+    what is missing: ``strength P (e(w) - e(w_baked))``.
+    """
+    added = embedded(replace(spec, baked_guidance=None), [guidance])[0]
+    if spec.baked_guidance is not None:
+        added = added - embedded(spec, [spec.baked_guidance])[0]
+    return strength * (cond_proj.float().cpu() @ added)
 
 
 @dataclass(frozen=True)
@@ -157,6 +169,16 @@ def trained_sigmas(spec: StudentSpec, schedule: NoiseSchedule, steps: int = 0) -
     return schedule.sigma(torch.tensor([*timesteps, CLEAN]))
 
 
+def sigmas_from(spec: StudentSpec, schedule: NoiseSchedule, strength: float, steps: int = 0) -> Tensor:
+    """(N + 1,) float64: where a student evaluates from a strength in (0, 1] on, and 0."""
+    full = trained_sigmas(spec, schedule, steps)
+    sigma = strength_sigma(strength, schedule)
+    if sigma is None:
+        return full
+    timesteps = schedule.timestep(full[:-1]).tolist()
+    return walk(timesteps, schedule, start_sigma=sigma, any_start=spec.any_start)
+
+
 @dataclass(frozen=True)
 class Walk:
     """``sigmas``: descending float64, evaluations at all but the last; ``note``: what was snapped, or ""."""
@@ -167,7 +189,7 @@ class Walk:
     note: str
 
 
-def plan_walk(spec: StudentSpec, schedule: NoiseSchedule, given: Tensor, *, seed: int) -> Walk:
+def plan_walk(spec: StudentSpec, schedule: NoiseSchedule, given: Tensor, *, seeds: Sequence[int]) -> Walk:
     """How a student gets from the first to the last of the noise levels that a host gives, whatever lies
     between; a consistency student, which knows no grid, takes those too.
     """
@@ -183,7 +205,7 @@ def plan_walk(spec: StudentSpec, schedule: NoiseSchedule, given: Tensor, *, seed
         note = f"timestep {asked} was asked for, and the nearest trained one, {timesteps[0]}, was taken"
     sampler = student_sampler(
         spec.sampler,
-        noise=later_noise([seed]),
+        noise=later_noise(seeds),
         beyond=entry_below(spec.timesteps, schedule, end) if end > 0 else 0.0,
     )
     return Walk(sigmas, timesteps, sampler, note)
