@@ -139,11 +139,14 @@ def _merger(run: Any) -> Any:
 
     @functools.wraps(run)
     def merge(*arguments: Any, **named: Any) -> Any:
-        given = inspect.signature(run).bind(*arguments, **named).arguments
+        bound = inspect.signature(run).bind(*arguments, **named)
+        given = bound.arguments
+        if "metadata_json" in given:
+            given["metadata_json"] = _with_text(given["metadata_json"])
         names = [given[f"{rank}_model_name"] for rank in ("primary", "secondary", "tertiary")]
         infos = [sd_models.get_closet_checkpoint_match(name) for name in names]
         with _spec_as_text(infos):
-            *updates, text = run(*arguments, **named)
+            *updates, text = run(*bound.args, **bound.kwargs)
         specs = [None if info is None else spec_of(info.filename) for info in infos]
         done = text.startswith("Checkpoint saved")
         sentence = after_merge(*specs, given["interp_method"]) if done else ""
@@ -154,16 +157,27 @@ def _merger(run: Any) -> Any:
 
 @contextmanager
 def _spec_as_text(infos: list[Any]) -> Iterator[None]:
-    changed = [info for info in infos if info is not None and isinstance(info.metadata.get(SPEC_KEY), dict)]
-    before = {info: info.metadata for info in changed}
-    for info in changed:
-        text = json.dumps(info.metadata[SPEC_KEY], sort_keys=True)
-        info.metadata = {**info.metadata, SPEC_KEY: text}
+    """Within, the spec in the metadata of checkpoints is the text that it is in their files."""
+    before = {info: info.metadata for info in infos if info is not None}
+    for info, metadata in before.items():
+        info.metadata = json.loads(_with_text(json.dumps(metadata)))
     try:
         yield
     finally:
         for info, metadata in before.items():
             info.metadata = metadata
+
+
+def _with_text(metadata_json: str) -> str:
+    """A JSON object of metadata, whose spec the host has parsed, with the spec as text."""
+    try:
+        metadata = json.loads(metadata_json)
+    except (TypeError, ValueError):
+        return metadata_json
+    spec = metadata.get(SPEC_KEY)
+    if isinstance(spec, dict):
+        metadata[SPEC_KEY] = json.dumps(spec, sort_keys=True)
+    return json.dumps(metadata)
 
 
 def _fed(launch: Any, student: Student) -> Any:

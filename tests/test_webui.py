@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import logging
 import sys
 from collections import namedtuple
@@ -208,11 +209,12 @@ class Host:
 
         def run_modelmerger(
             id_task: Any, primary_model_name: Any, secondary_model_name: Any, tertiary_model_name: Any,
-            interp_method: Any, multiplier: Any,
+            interp_method: Any, multiplier: Any, metadata_json: str = "{}",
         ) -> list[Any]:  # fmt: skip
             for name in (primary_model_name, secondary_model_name):
                 info = self.sd_models.get_closet_checkpoint_match(name)
-                assert all(isinstance(value, str) for value in info.metadata.values())
+                values = [*info.metadata.values(), *json.loads(metadata_json).values()]
+                assert all(isinstance(value, str) for value in values)
             return [None, "Checkpoint saved to x.safetensors"]
 
         self.extras.run_modelmerger = run_modelmerger
@@ -245,7 +247,8 @@ class Host:
         values: dict[str, Any] = {
             "sampler_name": "FewStep", "steps": 4, "cfg_scale": 7.0, "seeds": [SEED],
             "negative_prompts": [""],
-            "denoising_strength": None, "hr_extra_network_data": {}, "override_settings": {}, "prompt": "a fox", "styles": [],
+            "denoising_strength": None, "hr_extra_network_data": {}, "override_settings": {},
+            "prompt": "a fox", "styles": [],
             "extra_generation_params": {}, "extra_network_data": {}, "comments": comments,
             "comment": lambda text: comments.__setitem__(text, 1), "is_hr_pass": False, "enable_hr": False,
         }  # fmt: skip
@@ -510,7 +513,7 @@ def test_the_merger_says_what_became_of_the_dial_and_can_write_the_spec(host: Ho
     student.metadata = {"fewstep.spec": {"family": "sd1"}, "other": "x"}  # as the host reads it
     host.select(make_teacher(host.folder / "base.safetensors"))
     merge = functools.partial(host.extras.run_modelmerger, "id", multiplier=0.3)
-    kept = merge("student", "base", "", "Weighted sum")
+    kept = merge("student", "base", "", "Weighted sum", metadata_json=json.dumps(student.metadata))
     assert "it has model A's guidance dial, whole" in kept[-1]
     assert student.metadata == {"fewstep.spec": {"family": "sd1"}, "other": "x"}
     gone = host.extras.run_modelmerger("id", "base", "student", "", "Weighted sum", 0.3)

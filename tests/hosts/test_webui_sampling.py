@@ -191,6 +191,8 @@ def test_hires_fix_starts_its_second_pass_in_between(webui: WebUI, webui_models:
     second = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.5}
     if webui.host.kind != "a1111":
         second["hr_cfg"] = 7
+    if webui.host.kind == "forge":
+        second["hr_additional_modules"] = ["Use same choices"]  # without it its own API fails
     picture = webui.txt2img(**second)
     assert picture.timesteps == [*TRAINED, 499, 249] and picture.rows == 6
     assert picture.pixels.size == (128, 128)

@@ -4,7 +4,7 @@ import hashlib
 import json
 
 import torch
-from modules import script_callbacks, scripts, sd_samplers, shared
+from modules import extras, script_callbacks, scripts, sd_models, sd_samplers, shared
 
 SEEN = {"calls": [], "samples": [], "comments": [], "context": None}
 
@@ -80,9 +80,20 @@ def state():
     }
 
 
+def merge(a: str, b: str, name: str):
+    """The checkpoint merger with its usual settings; what it says."""
+    title = {info.name: title for title, info in sd_models.checkpoints_list.items()}
+    names = (title[a], title[b], "")
+    metadata = extras.read_metadata(*names)
+    choices = ("Weighted sum", 0.3, True, name, "safetensors", 0, "None", "", True, True, True, metadata)
+    return extras.run_modelmerger("", *names, *choices)[-1]
+
+
 def routes(_, app):
     app.add_api_route("/probe/seen", lambda: SEEN, methods=["GET"])
     app.add_api_route("/probe/state", state, methods=["GET"])
+    app.add_api_route("/probe/merge", merge, methods=["GET"])
+    app.add_api_route("/probe/reload", shared.state.request_restart, methods=["GET"])
 
 
 script_callbacks.on_app_started(routes)
