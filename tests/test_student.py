@@ -20,6 +20,7 @@ from toolkit.runtime.student import (
     plan_walk,
     read_student,
     schedule_of,
+    time_shift,
     trained_sigmas,
 )
 
@@ -110,3 +111,12 @@ def test_one_file_has_one_grid_unless_it_is_a_consistency_students():
     with pytest.raises(BadInput, match="8 steps were asked for, but this student was trained for 4"):
         trained_sigmas(make_spec(), schedule, 8)
     assert len(trained_sigmas(make_spec(sampler="consistency"), schedule, 8)) == 9
+
+
+def test_what_joins_the_time_embedding_is_the_dials_output_less_what_a_loras_loader_baked():
+    cond_proj = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
+    live, lora = make_spec(), make_spec(container="lora", baked_guidance=4.0)
+    assert torch.allclose(time_shift(live, cond_proj, 3.0), cond_proj @ embedded(live, [3.0])[0])
+    assert not time_shift(lora, cond_proj, 4.0).any()
+    difference = time_shift(live, cond_proj, 3.0) - time_shift(live, cond_proj, 4.0)
+    assert torch.allclose(time_shift(lora, cond_proj, 3.0, strength=0.5), 0.5 * difference, atol=1e-5)

@@ -112,6 +112,7 @@ class Sampler:
 
     def launch_sampling(self, steps: int, func: Any) -> Tensor:
         self.steps.append(steps)
+        self.model_wrap_cfg.step, self.model_wrap_cfg.total = 0, steps
         return func()
 
     def _run(self, p: Any, x: Tensor, sigmas: Tensor, cond: Any, uncond: Any) -> Tensor:
@@ -123,11 +124,12 @@ class Sampler:
 
 
 class CFGDenoiser(nn.Module):
-    """Two evaluations, or one where skip_early_cond says so; an inpainting picture is never cut to one."""
+    """Two rows a step, or one early on as skip_early_cond says; an inpainting picture is never cut."""
 
     def __init__(self, sampler: Any) -> None:
         super().__init__()
         self.sampler, self.model_wrap = sampler, None
+        self.step, self.total = 0, 1
 
     @property
     def inner_model(self) -> Any:
@@ -139,7 +141,8 @@ class CFGDenoiser(nn.Module):
         self, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, cond_scale: float, s_min_uncond: float,
         image_cond: Tensor,
     ) -> Tensor:  # fmt: skip
-        alone = sys.modules["modules.shared"].opts.data.get("skip_early_cond", 0) > 0
+        alone = self.step / self.total <= sys.modules["modules.shared"].opts.data["skip_early_cond"]
+        self.step += 1
         if alone:
             self.run.p.extra_generation_params["Skip Early CFG"] = 2.0
         rows = 1 if alone else 2
@@ -278,7 +281,7 @@ def test_the_sampler_is_registered_once_in_place_however_often_the_ui_is_reloade
     assert host.sd_samplers.all_samplers is samplers
     assert [each.name for each in samplers] == ["Euler", "FewStep"]
     assert samplers[1] is host.sd_samplers.all_samplers_map["FewStep"] is not first
-    assert samplers[1].constructor is host.part("sampling").FewStepSampler
+    assert samplers[1].constructor is host.part("sampling").FewStepSampler is not first.constructor
     assert host.extras.run_modelmerger.__wrapped__ is merger.__wrapped__
 
 
@@ -421,7 +424,7 @@ def test_weights_of_prompts_joined_by_and_sum_to_one_in_a_copy(host: Host) -> No
 
 def test_a_base_checkpoint_gets_its_student_by_hash_in_a_new_dictionary(host: Host) -> None:
     teacher = make_teacher(host.folder / "base.safetensors")
-    host.student("other", teacher_sha256="f" * 64)
+    host.student("another", teacher_sha256="f" * 64)
     mine = host.student("mine", teacher_sha256=sha256_of(teacher))
     two = host.student("two", teacher_sha256=sha256_of(teacher), timesteps=trailing_timesteps(2))
     base = host.select(teacher)
