@@ -333,6 +333,7 @@ def test_a_vae_or_a_text_encoder_alone_is_called_so(tmp_path: Path, tensors: dic
         (b"", "empty"),
         (b"<!doctype html><title>Not found</title>", "web page"),
         (b"just words\n", "text file"),
+        (b"GGUF\x03\0\0\0" + b"\0" * 200, "GGUF"),
         (b"\x80\x02}q\x00", ""),
         (b"PK\x03\x04" + b"\0" * 200, ""),
         (os.urandom(4096), ""),

@@ -280,6 +280,9 @@ def test_scaled_float8_is_refused(folder: Path, tmp_path: Path) -> None:
     scaled = {UNET_PREFIX + "out.2.scale_weight": torch.ones(())}
     save_tensors(tensors | scaled, {}, tmp_path / "scaled.safetensors")
     assert "scaled float8" in said(open_checkpoint, tmp_path / "scaled.safetensors")
+    four_bits = {UNET_PREFIX + "middle_block.1.proj_in.weight.quant_state.bitsandbytes__nf4": torch.ones(1)}
+    save_tensors(tensors | four_bits, {}, tmp_path / "nf4.safetensors")
+    assert "quantised" in said(open_checkpoint, tmp_path / "nf4.safetensors")
 
 
 @pytest.mark.parametrize("naming", ["prefix", "comfy", "bare", "diffusers"])

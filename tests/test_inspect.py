@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_checkpoint import make_spec, make_student, make_teacher, make_tensors
+from make_checkpoint import TINY, make_spec, make_student, make_teacher, make_tensors
 
 from toolkit.diffusion.errors import BadInput
 from toolkit.inspect import describe, main
@@ -106,12 +106,64 @@ def test_the_json_of_a_student_is_a_spec_that_can_be_attached(
     assert read_spec(path) == read_spec(student) == make_spec()
 
 
+@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize("family", TINY)
+def test_a_stripped_student_of_every_family_is_recognised_and_mended(
+    family: str, channels: int, tmp_path: Path
+) -> None:
+    spec = make_spec(family=family, inpaint=channels == 9, prediction_type="v_prediction", ztsnr=True)
+    made = make_student(tmp_path / "s.safetensors", spec=spec, shape=TINY[family], in_channels=channels)
+    tensors = {key: v.half() for key, v in load_tensors(made).items() if key not in ("v_pred", "ztsnr")}
+    save_tensors(tensors, {"format": "pt"}, made)
+    found = describe(made)
+    assert (found["kind"], found["family"], found["inpaint"]) == ("student", family, channels == 9)
+    assert found["spec"] is None and found["dial"] and found["missing"] == found["extra"] == []
+    (tmp_path / "spec.json").write_text(spec.to_json(), encoding="utf-8")
+    main([str(made), "--attach-spec", str(tmp_path / "spec.json")])
+    opened = open_checkpoint(made)
+    assert opened.spec == spec and opened.ztsnr and opened.prediction_type == "v_prediction"
+    others = (
+        make_spec(family="sd2" if family == "sd1" else "sd1"),
+        make_spec(family=family, inpaint=channels == 4),
+    )
+    for other in (*others, make_spec(family=family, container="lora", baked_guidance=4.0)):
+        (tmp_path / "spec.json").write_text(other.to_json(), encoding="utf-8")
+        with pytest.raises(BadInput, match=r"the spec is of .*, and this is "):
+            main([str(made), "--attach-spec", str(tmp_path / "spec.json")])
+    assert open_checkpoint(made).spec == spec
+
+
+def test_a_stripped_student_lora_is_mended(student: Path, tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    export_lora(open_checkpoint(student), path, guidance=4.0)
+    spec = read_spec(path)
+    assert spec is not None
+    merged(path, path)
+    assert describe(path)["spec"] is None and describe(path)["kind"] == "lora"
+    (tmp_path / "spec.json").write_text(spec.to_json(), encoding="utf-8")
+    main([str(path), "--attach-spec", str(tmp_path / "spec.json")])
+    assert read_spec(path) == spec
+
+
+def test_what_a_person_says_of_a_file_goes_before_what_was_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(make_teacher(tmp_path / "teacher.safetensors"))
+    main([path, "--override", "prediction_type=v_prediction,ztsnr=true"])
+    assert "predicts: v_prediction, zero-terminal SNR" in capsys.readouterr().out
+    main([path, "--override", "family=sd2", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["family"] == "sd2" and found["prediction_type"] == "epsilon" and found["extra"]
+    with pytest.raises(BadInput, match="family=sd3 is unknown"):
+        main([path, "--override", "family=sd3"])
+
+
 def test_a_spec_that_does_not_fit_is_refused_and_the_file_left_alone(student: Path, tmp_path: Path) -> None:
     teacher = make_teacher(tmp_path / "teacher.safetensors")
     before = teacher.read_bytes()
     (tmp_path / "spec.json").write_text(make_spec().to_json(), encoding="utf-8")
     (tmp_path / "bad.json").write_text('{"format": 1}', encoding="utf-8")
-    with pytest.raises(BadInput, match="no guidance dial"):
+    with pytest.raises(BadInput, match="a dial of 256 numbers, and this is a student without guidance dial"):
         main([str(teacher), "--attach-spec", str(tmp_path / "spec.json")])
     with pytest.raises(BadInput, match="unknown or missing"):
         main([str(student), "--attach-spec", str(tmp_path / "bad.json")])

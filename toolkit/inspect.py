@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from .command import print_json, run
 from .diffusion.errors import BadInput
 from .diffusion.spec import StudentSpec
+from .opening import OVERRIDE_HELP
 from .runtime.files import read_metadata, sha256_of, spec_from, write_metadata
 from .training.checkpoint import (
     is_finite,
@@ -24,7 +25,7 @@ from .training.checkpoint import (
     student_metadata,
     ztsnr_of,
 )
-from .training.families import FAMILIES, NAMES, REFUSED, SD1, UNET_PREFIX, resolution_for
+from .training.families import FAMILIES, NAMES, REFUSED, SD1, UNET_PREFIX, Override, resolution_for
 from .training.layout import COND_PROJ
 from .training.lora import describe_lora
 from .training.networks import DTYPES
@@ -34,6 +35,7 @@ from .training.weights import Weights, read_folder, read_weights
 EXAMPLES = """examples:
   python -m toolkit.inspect model.safetensors
   python -m toolkit.inspect student.safetensors --json
+  python -m toolkit.inspect model.safetensors --override family=sd2,prediction_type=v_prediction
   python -m toolkit.inspect merged.safetensors --attach-spec spec.json
 
 A spec is printed by --json under "spec"; save it before a merger drops it.
@@ -49,32 +51,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = _parser().parse_args(arguments)
     if asked.attach_spec is not None:
         attach_spec(asked.file, asked.attach_spec)
-    found = describe(asked.file)
+    found = describe(asked.file, Override.parse(asked.override))
     if asked.json:
         print_json(found)
     else:
         print("\n".join(_lines(found)))
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """Everything that the file says or that its keys and shapes tell; BadInput only if it cannot be read."""
+def describe(path: Path, override: Override | None = None) -> dict[str, Any]:
+    """Everything that the file says or that its keys and shapes tell, as far as nobody says otherwise;
+    BadInput only if it cannot be read."""
+    override = override or Override()
     weights = read_folder(path) if path.is_dir() else read_weights(path)
     found = recognise(weights.tensors)
+    if override.family and found.container in ("checkpoint", "unet"):
+        found = replace(found, family=override.family)
     spec = spec_from(weights.metadata, weights.tensors, path)
     diffusion = found.container in ("checkpoint", "unet")
     lora = describe_lora(weights) if found.container == "lora" else None
     family = lora.family if lora is not None else found.family
     wrong = _problems(found, weights)
-    prediction_type = prediction_type_of(weights, spec, found) if diffusion or spec is not None else None
+    prediction_type = override.prediction_type
+    if prediction_type is None and (diffusion or spec is not None):
+        prediction_type = prediction_type_of(weights, spec, found)
     usual = resolution_for(FAMILIES.get(found.family or "", SD1), prediction_type or "epsilon")
     return {
         "file": path.name,
         "kind": _kind(found, spec),
         "container": found.container,
-        "family": spec.family if spec is not None else family,
+        "family": override.family or (spec.family if spec is not None else family),
         "inpaint": _input_channels(found) == 9 or (spec is not None and spec.inpaint),
         "prediction_type": prediction_type,
-        "ztsnr": ztsnr_of(weights, spec),
+        "ztsnr": ztsnr_of(weights, spec) if override.ztsnr is None else override.ztsnr,
         "resolution": list(resolution_of(weights.metadata, usual)) if diffusion else None,
         "channels": _input_channels(found),
         "out_channels": _output_channels(found),
@@ -96,23 +104,49 @@ def attach_spec(path: Path, spec_path: Path) -> None:
     """Write a spec into a safetensors student whose metadata a merger dropped; the weights stay as they
     are."""
     spec = StudentSpec.from_json(_text(spec_path))
+    if path.is_dir():
+        raise BadInput(f"{path}: this is a folder; attach the spec to the file that it was made from")
     found = recognise(read_weights(path).tensors)
     metadata = read_metadata(path)
-    if spec.container == "checkpoint":
-        width = None if COND_PROJ not in found.tensors else found.tensors[COND_PROJ].shape[1]
-        dial = None if spec.w_embedding is None or spec.baked_guidance is not None else spec.w_embedding.dim
-        if found.container not in ("checkpoint", "unet") or width != dial:
+    said, has = _marks_of_spec(spec), _marks_of_file(found)
+    for mark, expected in said.items():
+        if has[mark] != expected:
             raise BadInput(
-                f"{path}: the spec is of a student with {_dial_text(dial)}, and this {found.container} has "
-                f"{_dial_text(width)}; attach the spec of the student that it was made from"
+                f"{path}: the spec is of {expected}, and this is {has[mark]}; attach the spec of the student "
+                "that it was made from"
             )
     usual = resolution_for(FAMILIES.get(spec.family, SD1), spec.prediction_type)
     resolution = resolution_of(metadata, usual)
     write_metadata(path, metadata | student_metadata(spec, resolution), markers=markers_of(spec))
 
 
+def _marks_of_spec(spec: StudentSpec) -> dict[str, str]:
+    """By what a spec and its student's file belong together, in words."""
+    live = spec.w_embedding is not None and (spec.baked_guidance is None or spec.container == "lora")
+    marks = {
+        "container": "a LoRA" if spec.container == "lora" else "a checkpoint",
+        "dial": _dial_text(spec.w_embedding.dim if live and spec.w_embedding else None),
+    }
+    if spec.container == "checkpoint":
+        marks["family"] = NAMES.get(spec.family, spec.family)
+        marks["input"] = "an inpainting student" if spec.inpaint else "a student of 4 channels"
+    return marks
+
+
+def _marks_of_file(found: Recognised) -> dict[str, str]:
+    kinds = {"lora": "a LoRA", "checkpoint": "a checkpoint", "unet": "a checkpoint"}
+    dial = found.tensors.get("fewstep.cond_proj.weight" if found.container == "lora" else COND_PROJ)
+    channels = _input_channels(found)
+    return {
+        "container": kinds.get(found.container, f"{found.container}"),
+        "dial": _dial_text(None if dial is None else dial.shape[1]),
+        "family": NAMES.get(found.family or "", f"{found.family}"),
+        "input": "an inpainting student" if channels == 9 else f"a student of {channels} channels",
+    }
+
+
 def _dial_text(width: int | None) -> str:
-    return "no guidance dial" if width is None else f"a guidance dial of {width} numbers"
+    return "a student without guidance dial" if width is None else f"a student with a dial of {width} numbers"
 
 
 def _text(path: Path) -> str:
@@ -225,6 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--attach-spec", type=Path, metavar="SPEC.json", help="write this spec into the file first"
     )
+    parser.add_argument("--override", metavar="NAME=VALUE,...", help=OVERRIDE_HELP)
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
     return parser
 

@@ -29,8 +29,8 @@ class Bench:
         """The stock loader: outputs MODEL, CLIP, VAE."""
         return self("CheckpointLoaderSimple", ckpt_name=model.name)
 
-    def conditioning(self, cond: Tensor) -> Link:
-        return self("ProbeLoadConditioning", path=self._file({"cond": cond}))[0]
+    def conditioning(self, cond: Tensor, **more: Tensor) -> Link:
+        return self("ProbeLoadConditioning", path=self._file({"cond": cond, **more}))[0]
 
     def latent(self, samples: Tensor, **more: Tensor) -> Link:
         return self("ProbeLoadLatent", path=self._file({"samples": samples, **more}))[0]

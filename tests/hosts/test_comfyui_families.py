@@ -28,7 +28,7 @@ from torch import Tensor
 from toolkit.diffusion.grid import trailing_timesteps
 from toolkit.diffusion.guidance import w_embedding
 from toolkit.runtime.files import spec_tensor
-from toolkit.training.checkpoint import open_checkpoint
+from toolkit.training.checkpoint import open_checkpoint, seen_by_comfyui
 from toolkit.training.layout import COND_PROJ
 from toolkit.training.networks import denoiser, encode_prompts, load_encoders, random_cond, with_sizes
 
@@ -44,7 +44,7 @@ STUDENTS = {
     "sdxl ztsnr": {"family": "sdxl", "prediction_type": "v_prediction", "ztsnr": True},
 }
 
-WORKER = """
+PRELUDE = """
 import importlib, json, sys, types
 from pathlib import Path
 
@@ -71,9 +71,13 @@ importlib.import_module("pack.nodes.host").register()
 
 mode = torch.inference_mode()  # in which ComfyUI runs nodes
 mode.__enter__()
+UNET = "model.diffusion_model."
+"""
+"""ComfyUI's modules without its server, with the pack's host; ``folder``: where a script's files are."""
+
+WORKER = """
 asked = json.loads((folder / "asked.json").read_text())
 said, answers = {"detected": {}}, {}
-UNET = "model.diffusion_model."
 TELLING = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 def shapes(state):
@@ -163,16 +167,12 @@ class Answers:
     said: dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def answers(comfyui_host: Host, tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    folder = tmp_path_factory.mktemp("families")
-    make_tokenizer(folder / "tokenizer")
-    asked = {"detect": _detect(), "texts": _texts(folder), "students": _students(folder)}
-    (folder / "asked.json").write_text(json.dumps(asked))
-    packages = [str(SITE), *map(str, comfyui_host.packages)]
+def work(host: Host, script: str, folder: Path) -> None:
+    """Run a script after the prelude, with the host's Python."""
+    packages = [str(SITE), *map(str, host.packages)]
     done = subprocess.run(
-        [str(comfyui_host.python), "-c", WORKER, str(ROOT), str(folder)],
-        cwd=comfyui_host.folder,
+        [str(host.python), "-c", PRELUDE + script, str(ROOT), str(folder)],
+        cwd=host.folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(packages)},
         capture_output=True,
         text=True,
@@ -180,6 +180,15 @@ def answers(comfyui_host: Host, tmp_path_factory: pytest.TempPathFactory) -> Ans
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def answers(comfyui_host: Host, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    folder = tmp_path_factory.mktemp("families")
+    make_tokenizer(folder / "tokenizer")
+    asked = {"detect": _detect(), "texts": _texts(folder), "students": _students(folder)}
+    (folder / "asked.json").write_text(json.dumps(asked))
+    work(comfyui_host, WORKER, folder)
     said = json.loads((folder / "said.json").read_text())
     return Answers(folder, load_file(folder / "answers.safetensors"), said)
 
@@ -274,6 +283,14 @@ def test_true_size_files_are_the_hosts_family_with_every_key_and_shape(answers: 
         assert lacking == [], "the file lacks nothing that the host's text encoder has"
     marked = answers.said["detected"][f"{shape} marked"]
     assert (marked["type"], marked["zsnr"]) == (("V_PREDICTION", True) if shape == "sdxl" else ("EPS", False))
+    tensors = keys_of_shape(shape) | {"v_pred": torch.empty(0)}
+    tensors |= {
+        key: torch.zeros(value.shape)
+        for key, value in tensors.items()
+        if key.endswith("11.1.transformer_blocks.0.norm1.bias")
+    }
+    seen = seen_by_comfyui(tensors, SHAPES[shape].family.key)
+    assert (seen == "v_prediction") == (marked["type"] == "V_PREDICTION")
 
 
 @pytest.mark.parametrize("shape", CLASSES)

@@ -250,6 +250,8 @@ def check_file(path: Path) -> int:
         raise BadInput(f"{path}: the file is empty; download it again")
     if start.startswith(b"version https://git-lfs"):
         raise BadInput(f"{path}: this is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
+    if start.startswith(b"GGUF"):
+        raise BadInput(f"{path}: this is a GGUF file, which is not read here; get the same as .safetensors")
     text = start.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise BadInput(f"{path}: this is a web page (HTML), not weights; download the file itself")

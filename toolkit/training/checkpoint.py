@@ -445,6 +445,12 @@ def _check_parts(
         raise BadInput(
             f"{path}: its weights are scaled float8, which cannot be read; get it as fp16 or plain fp8"
         )
+    if any(
+        re.search(r"\.(quant_state\.|absmax$|nested_absmax$|SCB$|qweight$|qzeros$)", key) for key in tensors
+    ):
+        raise BadInput(
+            f"{path}: its weights are quantised, which cannot be read; get it as fp16 or plain fp8"
+        )
     for part, prefix in family.prefixes.items():
         if not any(key.startswith(prefix) for key in tensors):
             flag, name = "--" + part.replace("_", "-"), part.replace("_", " ")

@@ -188,7 +188,7 @@ def export_diffusers(student: Checkpoint, path: Path, *, dtype: torch.dtype | No
     spec = _spec_of(student)
     _check_output(student, path, suffix="")
     answers, probe = _answers(student)
-    tensors = _cast(_used(student), dtype)
+    tensors = _without_fp8(_cast(_used(student), dtype))
     with atomic_path(path, size=_bytes(tensors)) as partial:
         with _quiet():
             _write_folder(student, tensors, partial)
@@ -372,6 +372,11 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str,
         key: value.to(dtype) if dtype is not None and value.is_floating_point() else value
         for key, value in tensors.items()
     }
+
+
+def _without_fp8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """fp8 as fp16, without loss: stock pipelines cannot load it."""
+    return {key: value.half() if value.element_size() == 1 else value for key, value in tensors.items()}
 
 
 def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:

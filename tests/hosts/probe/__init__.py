@@ -12,7 +12,7 @@ from . import watching
 
 
 class LoadConditioning:
-    """``cond`` (B, T, C) of a safetensors file."""
+    """``cond`` (B, T, C) of a safetensors file, and what else is in it, such as ``pooled_output``."""
 
     CATEGORY = "probe"
     RETURN_TYPES = ("CONDITIONING",)
@@ -23,7 +23,8 @@ class LoadConditioning:
         return {"required": {"path": ("STRING", {})}}
 
     def load(self, path):
-        return ([[load_file(path)["cond"], {}]],)
+        found = load_file(path)
+        return ([[found.pop("cond"), found]],)
 
 
 class LoadLatent:
