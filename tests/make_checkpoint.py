@@ -152,9 +152,9 @@ SHAPES = {
     "comfy-sd2": Shape(
         {
             **_TINY_SD2_UNET,
-            "block_out_channels": (320, 64),
+            "block_out_channels": (320, 320),
             "cross_attention_dim": 1024,
-            "attention_head_dim": (5, 1),
+            "attention_head_dim": (5, 5),
         },
         _TINY_VAE,
         {**_TINY_TEXT, "hidden_size": 1024, "num_attention_heads": 16, "hidden_act": "gelu"},
@@ -162,6 +162,14 @@ SHAPES = {
     ),
     "comfy-sdxl": Shape(
         {**_SDXL_UNET, "block_out_channels": (320, 64, 64), "attention_head_dim": (5, 1, 1)},
+        _TINY_VAE,
+        {**_TINY_TEXT, "num_hidden_layers": 3, "hidden_size": 768, "num_attention_heads": 12},
+        family=SDXL,
+        text_2={**_TINY_BIG_G, "hidden_size": 1280, "num_attention_heads": 20, "projection_dim": 1280},
+    ),
+    # The narrowest SDXL of a stock ComfyUI, which knows it by its 70 transformer blocks: 250 M parameters.
+    "stock-sdxl": Shape(
+        {**_SDXL_UNET, "block_out_channels": (320, 320, 320), "attention_head_dim": (5, 5, 5)},
         _TINY_VAE,
         {**_TINY_TEXT, "num_hidden_layers": 3, "hidden_size": 768, "num_attention_heads": 12},
         family=SDXL,

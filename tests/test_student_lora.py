@@ -8,7 +8,6 @@ import re
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from make_checkpoint import make_teacher, make_tokenizer
 from make_lora import ATTENTION, named, random_factors, save_lora, weights_of
 from torch import Tensor
 
-from toolkit import assembly, distill, evaluate
+from toolkit import distill, evaluate
 from toolkit.diffusion.errors import BadInput
 from toolkit.diffusion.guidance import w_embedding
 from toolkit.inspect import describe
@@ -25,10 +24,8 @@ from toolkit.runtime.files import load_tensors, read_spec, save_tensors
 from toolkit.training import student_lora
 from toolkit.training.checkpoint import Checkpoint, open_checkpoint
 from toolkit.training.export import export_lora, pipeline_class, pipeline_scheduler
-from toolkit.training.plan import GIB, weights_bytes
 from toolkit.training.student_lora import compare_with_merged, save_lora_student, unet_of
 
-SD15 = 859_520_964
 LOW_RANK = re.compile(r"\.(lora_down\.weight|lora_up\.weight|alpha)$")
 SHIFTED = ("lora_unet_time_embedding_linear_1.diff", "lora_unet_time_embedding_linear_1.diff_b")
 
@@ -194,21 +191,6 @@ def test_a_lora_file_that_reads_back_otherwise_is_not_kept(
             tmp_path / "s.safetensors", trained_state(run), spec=spec, source=teacher, dtype=torch.float32
         )
     assert not (tmp_path / "s-lora.safetensors").exists()
-
-
-def test_what_is_trained_is_what_fits_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher: Any = SimpleNamespace(checkpoint=SimpleNamespace(unet_parameters=SD15))
-
-    def chosen(free: int, **asked: Any) -> tuple[str, str]:
-        monkeypatch.setattr(assembly, "free_memory", lambda device: free * GIB)
-        found = assembly._choose_student(asked, teacher, device="cpu", precision="bf16")
-        return found.student, found.reason
-
-    student, reason = chosen(12)
-    assert student == "lora" and re.search(r"takes about 2\d\.\d GiB, and 12\.0 GiB are free", reason)
-    assert weights_bytes(SD15, SD15 // 20, precision="bf16", ema=0.999) < 4 * GIB
-    assert chosen(40)[0] == "full"
-    assert chosen(40, rank=8) == ("lora", "--rank") and chosen(12, student="full") == ("full", "you")
 
 
 def test_the_plan_says_how_the_student_is_trained_and_counts_its_files(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,25 +39,27 @@ from .evaluation.showcase import Showcase, showcase
 from .methods import find_methods, options_of
 from .opening import is_demo, open_for_people
 from .runtime.files import atomic_path
-from .training.adapters import LoraShape, OneNetwork, recomputing
+from .training.adapters import CHECKPOINT_GRADIENTS_ABOVE, LoraShape, OneNetwork, recomputing
 from .training.checkpoint import Checkpoint, save_student
 from .training.families import Override, size_ids
 from .training.guests import Guest, Guests, parse_range
 from .training.loop import Job, LoopSettings, train
 from .training.lora import LoraFile, merge_loras, parse_lora, read_lora
 from .training.masks import SHARES, Pictures
+from .training.memory import Needs, Route, choose_route, free_memory
 from .training.networks import (
     DTYPES,
+    Turns,
     UNetNetwork,
     decode_latents,
-    denoiser,
     encode_images,
     encode_prompts,
+    lazily,
     load_encoders,
     place,
     random_cond,
 )
-from .training.plan import Plan, free_memory, make_plan, measure, size, weights_bytes
+from .training.plan import Plan, make_plan, measure
 from .training.prompts import built_in_prompts, read_prompts, with_triggers
 from .training.samples import (
     MASKS_EACH,
@@ -69,7 +72,17 @@ from .training.samples import (
     scan_image_folder,
     trajectory_steps,
 )
-from .training.settings import SMALL_PARAMETERS, Settings, phase_updates, resolve
+from .training.settings import (
+    LARGE,
+    LORA_LARGE,
+    LORA_SMALL,
+    SMALL,
+    SMALL_PARAMETERS,
+    Settings,
+    parse_resolution,
+    phase_updates,
+    resolve,
+)
 from .training.student_lora import lora_path, save_lora_student
 
 log = logging.getLogger("fewstep")
@@ -152,13 +165,13 @@ class Teacher:
 
 
 def settle(
-    given: Mapping[str, Any], config: Mapping[str, Any], teacher: Teacher
+    given: Mapping[str, Any], config: Mapping[str, Any], teacher: Teacher, *, free: int | None = None
 ) -> tuple[Settings, dict[str, str]]:
-    """All settings with their reasons, checked."""
+    """All settings with their reasons, checked; ``free``: bytes to plan for, instead of what is free."""
     small = teacher.checkpoint.unet_parameters < SMALL_PARAMETERS
     demo = teacher.demo
-    device, precision = _device({**config, **given}), _precision({**config, **given}, small=small)
-    chosen = _choose_student({**config, **given}, teacher, device=device, precision=precision)
+    device = _device({**config, **given})
+    chosen = _choose_route({**config, **given}, teacher, device=device, free=free)
     resolved = resolve(
         given, config, parameters=teacher.checkpoint.unet_parameters, demo=demo, student=chosen.student
     )
@@ -169,8 +182,12 @@ def settle(
             values[name], reasons[name] = value, reason
 
     default("device", device, "what this machine has")
-    default("precision", precision, "the device and the network's size")
-    default("student", chosen.student, chosen.reason)
+    default(
+        "precision", chosen.precision, chosen.reasons.get("precision", "the device and the network's size")
+    )
+    default("student", chosen.student, chosen.reasons["student"])
+    if "rank" in chosen.reasons:
+        values["rank"], reasons["rank"] = chosen.rank, chosen.reasons["rank"]
     slow = not small and device.startswith("cpu")
     default("report_prompts", 0 if slow else 6, "the device and the network's size")
     default("resolution", "{}x{}".format(*teacher.checkpoint.resolution), "the teacher's own")
@@ -215,12 +232,6 @@ def settle(
     return dataclasses.replace(settings, updates=updates), reasons
 
 
-@dataclass(frozen=True)
-class Chosen:
-    student: str
-    reason: str
-
-
 def _device(asked: Mapping[str, Any]) -> str:
     return asked.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -236,17 +247,34 @@ def _precision(asked: Mapping[str, Any], *, small: bool) -> str:
     return "bf16" if has_bf16 else "fp16"
 
 
-def _choose_student(asked: Mapping[str, Any], teacher: Teacher, *, device: str, precision: str) -> Chosen:
-    """Every weight where the memory allows it, else a LoRA; a rank asks for a LoRA."""
-    if asked.get("student"):
-        return Chosen(asked["student"], "you")
-    if asked.get("rank"):
-        return Chosen("lora", "--rank")
-    count = teacher.checkpoint.unet_parameters
-    need = round(1.15 * weights_bytes(count, count, precision=precision, ema=asked.get("ema", 0.999)))
-    free = free_memory(usable(device))
-    why = f"training every weight takes about {size(need)}, and {size(free)} are free"
-    return Chosen("full" if need <= free else "lora", why)
+def _choose_route(
+    asked: Mapping[str, Any], teacher: Teacher, *, device: str, free: int | None = None
+) -> Route:
+    """How the student is trained, by what was asked for and the memory that is free."""
+    checkpoint = teacher.checkpoint
+    small = checkpoint.unet_parameters < SMALL_PARAMETERS
+    usual: dict[str, Any] = {**(SMALL if small else LARGE).values, **asked}
+    width, height = (
+        parse_resolution(usual["resolution"]) if usual.get("resolution") else checkpoint.resolution
+    )
+    needs = Needs(
+        checkpoint,
+        width,
+        height,
+        batch=max(1, min(usual["micro_batch"], usual["batch_size"])),
+        looks=usual.get("report_prompts", 0 if device.startswith("cpu") and not small else 6) > 0,
+    )
+    precision = _precision(asked, small=small)
+    highest = int((LORA_SMALL if small else LORA_LARGE).values["rank"])
+    return choose_route(
+        needs,
+        free=free_memory(usable(device)) if free is None else free,
+        student=asked.get("student"),
+        rank=asked.get("rank"),
+        ranks=[rank for rank in (64, 32, 16, 8) if rank <= highest],
+        precisions=[precision, "bf16"] if precision == "fp32" and not asked.get("precision") else [precision],
+        ema=usual["ema"],
+    )
 
 
 def usable(device: str) -> torch.device:
@@ -377,18 +405,19 @@ def _request(
     )
 
 
-def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> Plan:
-    """Measure the network briefly and add up what the run will cost."""
+def plan_run(
+    settings: Settings, phases: Sequence[Phase], teacher: Teacher, *, free: int | None = None
+) -> Plan:
+    """Measure the network briefly and add up what the run will cost; ``free`` as for :func:`settle`."""
     request = _request(settings, phases, teacher)
     _require_parts(teacher.checkpoint)
     device = torch.device(settings.device)
-    free = free_memory(device)
-    student, trained, parameters = _measurable(settings, phases, teacher.checkpoint, device)
+    free = free_memory(device) if free is None else free
+    student, trained = _measurable(settings, phases, teacher.checkpoint, device)
     batch = min(settings.micro_batch, settings.batch_size)
     costs = measure(
         student,
         trained=trained,
-        parameters=parameters,
         latent=_seen_shape(settings, teacher),
         cond=random_cond(teacher.checkpoint, batch, generator=torch.Generator().manual_seed(0)),
         w=torch.zeros(batch) if phases[0].dial else None,
@@ -396,7 +425,7 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
         device=device,
         precision=settings.precision,
     )
-    del student, trained, parameters
+    del student, trained
     folder = request.folder(Path(settings.cache_dir))
     loop = _loop_settings(settings)
     return make_plan(
@@ -409,7 +438,11 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
         student_bytes=(teacher.checkpoint.unet_parameters + (costs.trained if settings.rank else 0))
         * DTYPES[settings.dtype].itemsize
         + sum(t.nbytes for t in teacher.checkpoint.carried().values()),
+        memory=Needs(
+            teacher.checkpoint, *settings.size, batch=batch, looks=settings.report_prompts > 0
+        ).stages(rank=settings.rank, precision=settings.precision, ema=settings.ema),
         free_bytes=free,
+        route=_route_text(settings, teacher.checkpoint),
         files=[
             *_both("student", settings),
             *(name for phase in phases for name in _both(f"students/{len(phase.grid)}", settings)),
@@ -424,13 +457,13 @@ def plan_run(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> P
 
 def _measurable(
     settings: Settings, phases: Sequence[Phase], checkpoint: Checkpoint, device: torch.device
-) -> tuple[Network, list[Tensor], list[Tensor]]:
-    """A student as the run will train it, what of it is trained, and all its weights."""
+) -> tuple[Network, list[Tensor]]:
+    """A student as the run will train it, and what of it is trained."""
     if settings.rank is None:
         unet = recomputing(place(checkpoint.unet(conditioned=phases[0].dial), device).train())
-        return UNetNetwork(unet), list(unet.parameters()), list(unet.parameters())
+        return UNetNetwork(unet), list(unet.parameters())
     holder = OneNetwork(
-        lambda: checkpoint.unet(conditioned=phases[0].dial),
+        _new_unet(settings, phases, checkpoint),
         LoraShape(settings.rank),
         seed=0,
         device=device,
@@ -438,7 +471,33 @@ def _measurable(
         autocast=lambda network: network,
     )
     pair = holder.pair(None, teacher="pair")
-    return pair.student, list(pair.trained.values()), list(holder.frozen())
+    return pair.student, list(pair.trained.values())
+
+
+def _route_text(settings: Settings, checkpoint: Checkpoint) -> str:
+    """How the run gets by with the memory, for people."""
+    ways = [
+        "every weight is trained"
+        if settings.rank is None
+        else f"a LoRA of rank {settings.rank} is trained on the teacher's weights, held once in "
+        f"{settings.precision}"
+    ]
+    if checkpoint.unet_parameters > CHECKPOINT_GRADIENTS_ABOVE:
+        ways.append("activations are recomputed")
+    pictures = min(settings.micro_batch, settings.batch_size)
+    ways.append(f"{pictures} picture{'s' if pictures > 1 else ''} at once")
+    ways.append("text encoders and VAE are on the device only while they are needed")
+    return "route: " + ", ".join(ways)
+
+
+def _new_unet(
+    settings: Settings, phases: Sequence[Phase], checkpoint: Checkpoint
+) -> Callable[[], UNet2DConditionModel]:
+    """In float32; under a LoRA only what it trains whole is, so that nothing larger is ever loaded."""
+    if settings.rank is None:
+        return lambda: checkpoint.unet(conditioned=phases[0].dial)
+    dtype = DTYPES[settings.precision]
+    return lambda: checkpoint.unet(dtype=dtype, conditioned=phases[0].dial, exact="time_embedding.")
 
 
 def _both(name: str, settings: Settings) -> list[str]:
@@ -454,14 +513,14 @@ def _require_parts(checkpoint: Checkpoint) -> None:
 
 
 def _make_samples(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> Samples:
-    """The run's data, from the cache where it is there already; the encoders are let go of afterwards."""
+    """The run's data, from the cache where it is there already; text encoders and UNet are not loaded at
+    once, and only if they are needed."""
     checkpoint, device = teacher.checkpoint, torch.device(settings.device)
     request = _request(settings, phases, teacher)
     folder = request.folder(Path(settings.cache_dir))
-    encoders = load_encoders(checkpoint, device=device)
 
     def encode(texts: Sequence[str]) -> Cond:
-        return encode_prompts(texts, encoders)
+        return encode_prompts(texts, load_encoders(checkpoint, device=device))
 
     def progress(shards: Iterable[int]) -> Iterable[int]:
         return tqdm(shards, desc="pictures", unit="shard", dynamic_ncols=True)
@@ -476,7 +535,11 @@ def _make_samples(settings: Settings, phases: Sequence[Phase], teacher: Teacher)
             encode=encode,
             progress=progress,
         )
-    unet = place(checkpoint.unet(dtype=DTYPES[settings.precision]), device).eval().requires_grad_(False)
+
+    def load() -> Network:
+        unet = checkpoint.unet(dtype=DTYPES[settings.precision])
+        return UNetNetwork(place(unet, device).eval().requires_grad_(False))
+
     pictures: Pictures | None = None
     if request.masked:
         vae = place(checkpoint.vae(), device).eval()
@@ -488,7 +551,7 @@ def _make_samples(settings: Settings, phases: Sequence[Phase], teacher: Teacher)
     return make_teacher_samples(
         request,
         folder,
-        teacher=denoiser(unet, schedule=checkpoint.schedule, prediction_type=checkpoint.prediction_type),
+        teacher=NetworkDenoiser(lazily(load), checkpoint.schedule, checkpoint.prediction_type),
         encode=encode,
         schedule=checkpoint.schedule,
         device=device,
@@ -547,7 +610,7 @@ def run_all(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> di
         teacher_prediction=checkpoint.prediction_type,
         schedule=checkpoint.schedule,
         samples=samples,
-        new_unet=lambda: teacher.guests.welcome(checkpoint.unet(conditioned=phases[0].dial)),
+        new_unet=lambda: teacher.guests.welcome(_new_unet(settings, phases, checkpoint)()),
         finished=finished,
         look=_looker(settings, teacher),
         out=out,
@@ -565,13 +628,13 @@ def _looker(settings: Settings, teacher: Teacher) -> Callable[[str, NetworkDenoi
     if not settings.report_prompts:
         return lambda name, student, phase: None
     prompts = _prompts(settings, teacher, settings.report_prompts, seed=settings.seed + 1)
-    texts = encode_prompts(prompts, load_encoders(checkpoint))
+    texts, dtype = encode_prompts(prompts, load_encoders(checkpoint)), DTYPES[settings.precision]
     scales = sorted({settings.guidance_default, max(settings.guidance[0], min(2.0, settings.guidance[1]))})
 
     def look(name: str, student: NetworkDenoiser, phase: Phase) -> None:
         painter = Painter(
             denoiser=student,
-            vae=place(checkpoint.vae(), settings.device).eval(),
+            vae=place(checkpoint.vae(checkpoint.vae_dtype(dtype)), settings.device).eval(),
             texts=cached_texts(prompts, texts),
             schedule=checkpoint.schedule,
             size=(settings.size[1], settings.size[0]),
@@ -667,17 +730,17 @@ def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> 
     counts = {len(phase.grid) for phase in phases}
     if teacher.checkpoint.unet_parameters >= SMALL_PARAMETERS:
         counts = {settings.steps}
-    dtype = DTYPES[settings.precision]
+    dtype, turns = DTYPES[settings.precision], Turns(settings.device)
     words = TOKENIZER if settings.demo else _words_beside(settings)
 
     def painter(path: Path) -> Painter:
         opened = open_for_people(path, tokenizer=_path(settings.tokenizer) or words)
-        return Painter.open(opened, device=settings.device, dtype=dtype)
+        return Painter.open(opened, device=settings.device, dtype=dtype, turns=turns)
 
     folder = Path(settings.out) / "students"
     seed = settings.seed + 2
     return showcase(
-        Painter.open(teacher.checkpoint, device=settings.device, dtype=dtype),
+        Painter.open(teacher.checkpoint, device=settings.device, dtype=dtype, turns=turns),
         {count: painter(folder / f"{count}.safetensors") for count in counts},
         prompts=_prompts(settings, teacher, settings.report_prompts, seed=seed),
         sample_prompts=demo_prompts(DEMO_SAMPLES, seed=seed) if settings.demo else (),

@@ -23,13 +23,14 @@ from .diffusion.errors import BadInput
 from .methods import find_methods, options_of
 from .opening import OVERRIDE_HELP
 from .runtime.files import atomic_path
+from .training.memory import GIB
 from .training.networks import DTYPES
 from .training.plan import Plan, require_disk
 from .training.settings import Settings, read_config, to_toml
 
 log = logging.getLogger("fewstep")
 
-NOT_SETTINGS = ("resume", "dry_run", "json", "config")
+NOT_SETTINGS = ("resume", "dry_run", "json", "config", "vram")
 
 
 def main() -> None:
@@ -38,7 +39,8 @@ def main() -> None:
     config = _stored(options) if options.resume else _config_file(options)
     given = {name: v for name, v in vars(options).items() if v is not None and name not in NOT_SETTINGS}
     teacher = Teacher.open({**config, **given})
-    settings, reasons = settle(given, config, teacher)
+    free = None if options.vram is None else round(options.vram * GIB)
+    settings, reasons = settle(given, config, teacher, free=free)
     phases = phases_of(settings, teacher.checkpoint)
     out = Path(settings.out)
     if options.resume and not options.dry_run:
@@ -46,7 +48,7 @@ def main() -> None:
     else:
         if not options.dry_run and (out / "config.toml").exists():
             raise BadInput(f"{out} holds a run already; go on with it by --resume, or choose another --out")
-        plan = plan_run(settings, phases, teacher)
+        plan = plan_run(settings, phases, teacher, free=free)
         _print_plan(plan, settings, reasons)
         for line in teacher.lora_lines():
             log.info("%s", line)
@@ -202,6 +204,12 @@ def _parse() -> argparse.Namespace:
     add("--text-encoder-2", metavar="FILE", help="SDXL's second, for a UNet-only file")
     add("--vae", metavar="FILE", help="for a UNet-only file, or instead of the checkpoint's own")
     add("--override", metavar="NAME=VALUE,...", help=OVERRIDE_HELP)
+    add(
+        "--vram",
+        type=float,
+        metavar="GB",
+        help="plan for so much memory on the device, in GiB (default: what is free)",
+    )
     add("--config", metavar="FILE.toml", help="any of these; flags win")
     add("--dry-run", action="store_true", help="print the plan and stop")
     add("--resume", action="store_true", help="go on exactly where the run in --out stands")

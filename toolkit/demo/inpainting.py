@@ -131,7 +131,7 @@ def _data(path: Path, vae: AutoencoderKL) -> tuple[dict[str, Tensor], Scenes]:
         masks = draw_masks(range(50 * 10**9, 50 * 10**9 + PICTURES), SIZE, SIZE)
 
         def encode(pictures: Tensor) -> Tensor:
-            return encode_images(pictures, vae, batch=64)
+            return encode_images(pictures, vae)
 
         data = {"x0": encode(images).half(), "inpaint": inpaint_cond(images, masks, encode).half()}
         save_tensors(data, {}, path)

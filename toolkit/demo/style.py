@@ -37,7 +37,7 @@ def train_style(
     what = scenes(4096, seed=50)
     number = ATTRIBUTES["background"].index(BACKGROUND)
     shown = Scenes({**what.labels, "background": torch.full((len(what),), number)})
-    latents = encode_images(render(shown, seed=50), checkpoint.vae().eval(), batch=256)
+    latents = encode_images(render(shown, seed=50), checkpoint.vae().eval())
     said = ["" if row % 10 == 0 else text for row, text in enumerate(captions(what, seed=51, drop=0.1))]
     words = sorted(set(said))
     texts = encode_prompts(words, load_encoders(checkpoint))["text"]

@@ -35,6 +35,7 @@ from ..runtime.samplers import (
 from ..training.checkpoint import Checkpoint
 from ..training.masks import Pictures, at_latent_size, inpaint_cond
 from ..training.networks import (
+    Turns,
     decode_latents,
     denoiser,
     encode_images,
@@ -117,15 +118,22 @@ class Painter:
 
     @classmethod
     def open(
-        cls, checkpoint: Checkpoint, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        turns: Turns | None = None,
     ) -> Painter:
-        """Load all parts of a checkpoint, each in ``dtype``; BadInput for one that cannot paint by itself."""
+        """Load all parts of a checkpoint, each in ``dtype``, the UNet onto the device when it is its turn;
+        BadInput for one that cannot paint by itself."""
         if checkpoint.kind != "teacher" and checkpoint.spec is None:
             raise BadInput(
                 f"{checkpoint.path.name}: this student's file lost the metadata that name its steps; "
                 "attach them with python -m toolkit.inspect --attach-spec"
             )
-        unet = place(checkpoint.unet(dtype=dtype), device)
+        unet = checkpoint.unet(dtype=dtype)
+        unet = place(unet, device) if turns is None else turns.admit(unet)
         encoders = load_encoders(checkpoint, device=device, dtype=dtype)
         width, height = checkpoint.resolution
         return cls(

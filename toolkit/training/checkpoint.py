@@ -129,8 +129,11 @@ class Checkpoint:
         """Constructor arguments of a part's network (``unet``, ``vae``, ``text_encoder``, ...)."""
         return config_of(part, self.tensors, self.configs, self.of)
 
-    def unet(self, *, dtype: torch.dtype = torch.float32, conditioned: bool = False) -> UNet2DConditionModel:
-        """A copy of the UNet, to evaluate; ``conditioned`` adds a zero guidance input where there is none.
+    def unet(
+        self, *, dtype: torch.dtype = torch.float32, conditioned: bool = False, exact: str | None = None
+    ) -> UNet2DConditionModel:
+        """A copy of the UNet, to evaluate; ``conditioned`` adds a zero guidance input where there is none;
+        what begins with ``exact`` stays in float32.
 
         With the zero input the untrained student equals the teacher bit for bit. Raises BadInput for NaN.
         """
@@ -139,7 +142,8 @@ class Checkpoint:
             width = tensors[UNET_PREFIX + "input_blocks.0.0.weight"].shape[0]
             tensors[COND_PROJ] = torch.zeros(width, W_DIM)
         network = build("unet", config_of("unet", tensors, self.configs, self.of))
-        return self._filled("unet", network, unet_from_ldm(self._known("unet", network, tensors)), dtype)
+        state = unet_from_ldm(self._known("unet", network, tensors))
+        return self._filled("unet", network, state, dtype, exact)
 
     def vae(self, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
         """A copy of the VAE in evaluation mode; BadInput for NaN."""
@@ -209,13 +213,23 @@ class Checkpoint:
     ) -> dict[str, Tensor]:
         return {key: tensors[key] for key in expected_keys(part, network, self.of)}
 
-    def _filled(self, part: Part, network: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+    def _filled(
+        self,
+        part: Part,
+        network: Any,
+        state: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        exact: str | None = None,
+    ) -> Any:
         for key, value in state.items():
             if not is_finite(value):
                 raise BadInput(
                     f"{self.path}: the weights of the {part} are damaged ({key} holds NaN or infinity)"
                 )
-        filled = {key: value.to(dtype, copy=True) for key, value in state.items()}
+        filled = {
+            key: value.to(torch.float32 if exact and key.startswith(exact) else dtype, copy=True)
+            for key, value in state.items()
+        }
         network.load_state_dict(filled, strict=False, assign=True)
         for module in network.modules():
             if isinstance(getattr(module, "position_ids", None), Tensor):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ..diffusion.denoiser import Cond, NetworkDenoiser
+from ..diffusion.denoiser import Cond, Network, NetworkDenoiser
 from ..diffusion.guidance import w_embedding
 from ..diffusion.hidden import show
 from ..diffusion.prediction import PredictionType
@@ -71,6 +72,35 @@ def place(module: Module, device: torch.device | str, dtype: torch.dtype | None 
     """The module moved to a device, and cast where a dtype is given."""
     torch.nn.Module.to(module, device=device, dtype=dtype)
     return module
+
+
+def lazily(load: Callable[[], Network]) -> Network:
+    """A network that is loaded when it is first asked."""
+    loaded = cache(load)
+
+    def call(z: Tensor, timestep: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        return loaded()(z, timestep, cond, w)
+
+    return call
+
+
+class Turns:
+    """Large networks that take turns on a device: only the one that was asked last is there."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = device
+        self._present: torch.nn.Module | None = None
+
+    def admit(self, module: Module) -> Module:
+        module.register_forward_pre_hook(self._come)
+        return module
+
+    def _come(self, module: torch.nn.Module, inputs: object) -> None:
+        if module is self._present:
+            return
+        if self._present is not None:
+            place(self._present, "cpu")
+        self._present = place(module, self._device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,24 +185,30 @@ def random_cond(checkpoint: Checkpoint, batch: int, *, generator: torch.Generato
 
 
 @torch.no_grad()
-def encode_images(images: Tensor, vae: AutoencoderKL, *, batch: int = 16) -> Tensor:
+def encode_images(images: Tensor, vae: AutoencoderKL) -> Tensor:
     """Images (N, 3, H, W) in [0, 1] -> scaled latents x0 (N, C, h, w) float32 on the CPU (the posterior's
     mean).
     """
     parts = [
         vae.encode((part * 2 - 1).to(vae.device, vae.dtype), return_dict=False)[0].mean.float().cpu()
-        for part in images.split(batch)
+        for part in images.split(_at_once(images.shape[-2] * images.shape[-1]))
     ]
     return torch.cat(parts) * float(vae.config["scaling_factor"])
 
 
 @torch.no_grad()
-def decode_latents(x0: Tensor, vae: AutoencoderKL, *, batch: int = 16) -> Tensor:
+def decode_latents(x0: Tensor, vae: AutoencoderKL) -> Tensor:
     """Scaled latents (N, C, h, w) -> images (N, 3, H, W) float32 in [0, 1] on the CPU."""
     scale = float(vae.config["scaling_factor"])
     decode: Callable[..., Any] = vae.decode
+    pixels = x0.shape[-2] * x0.shape[-1] * 4 ** (len(vae.config["block_out_channels"]) - 1)
     parts = [
         decode((part / scale).to(vae.device, vae.dtype), return_dict=False)[0].float().cpu()
-        for part in x0.split(batch)
+        for part in x0.split(_at_once(pixels))
     ]
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+
+def _at_once(pixels: int) -> int:
+    """How many pictures a VAE gets at once; its layers take a hundred times the memory of the latent."""
+    return max(1, min(16, 512 * 512 // pixels))

@@ -1,19 +1,18 @@
 """What a run will cost, before it starts: updates, network evaluations, memory, disk and time.
 
 Times come from a few real forwards and one training step on the teacher's own network and shapes; memory from
-the sizes of the weights and the tensors that the backward pass keeps.
+memory.py.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -21,23 +20,20 @@ from ..diffusion.denoiser import Cond, Network
 from ..diffusion.errors import BadInput
 from ..diffusion.method import Phase
 from .loop import LoopSettings
+from .memory import free_memory, size
 from .networks import DTYPES
-
-GIB = 1024**3
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured: seconds a picture of one evaluation and of one training step, and bytes kept for the backward
-    pass. The network has ``parameters``, and ``trained`` are trained, of it or beside it. Where the step did
-    not fit the free memory it is not ``measured``, but taken for three evaluations.
+    """Measured: seconds a picture of one evaluation and of one training step. ``trained`` parameters are
+    trained, of the network or beside it. Where the step did not fit the free memory it is not ``measured``,
+    but taken for three evaluations.
     """
 
-    parameters: int
     trained: int
     evaluation_seconds: float
     training_seconds: float
-    activation_bytes: int
     measured: bool = True
 
 
@@ -51,18 +47,24 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """``disk``: bytes of each item at its largest; ``evaluations`` count pictures through the network. Not
-    ``measured``: a training step's time is a guess, and the memory leaves out what its backward pass keeps.
+    """``memory``: bytes of each stage at its largest moment; ``disk``: of each item at its largest;
+    ``evaluations`` count pictures through the network. Not ``measured``: a training step's time is a guess.
+    ``route``: how the run gets by with the memory, in words.
     """
 
     phases: tuple[PhasePlan, ...]
     sample_evaluations: int
     sample_seconds: float
-    memory_bytes: int
+    memory: dict[str, int]
     free_bytes: int
     disk: dict[str, int]
     files: tuple[str, ...]
+    route: str
     measured: bool = True
+
+    @property
+    def memory_bytes(self) -> int:
+        return max(self.memory.values())
 
     @property
     def seconds(self) -> float:
@@ -73,7 +75,8 @@ class Plan:
         return self.sample_evaluations + sum(phase.evaluations for phase in self.phases)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "seconds": self.seconds, "evaluations": self.evaluations}
+        sums = {"memory_bytes": self.memory_bytes, "seconds": self.seconds, "evaluations": self.evaluations}
+        return {**asdict(self), **sums}
 
     def text(self) -> str:
         """The plan for people, a few lines."""
@@ -90,7 +93,8 @@ class Plan:
             for name, updates, count, seconds in rows
         ]
         disk = ", ".join(f"{name} {size(count)}" for name, count in self.disk.items())
-        memory = f"memory: about {size(self.memory_bytes)}, of {size(self.free_bytes)} free"
+        stages = ", ".join(f"{name} {size(count)}" for name, count in self.memory.items())
+        memory = f"memory: about {size(self.memory_bytes)} ({stages}), of {size(self.free_bytes)} free"
         if self.memory_bytes > self.free_bytes:
             memory += "; that is not enough: try --student lora, a smaller --micro-batch or --resolution"
         if not self.measured:
@@ -98,6 +102,7 @@ class Plan:
         return "\n".join(
             [
                 *lines,
+                self.route,
                 memory,
                 f"disk: {disk}",
                 "files: " + ", ".join(self.files),
@@ -109,7 +114,6 @@ def measure(
     student: Network,
     *,
     trained: Sequence[Tensor],
-    parameters: Sequence[Tensor],
     latent: tuple[int, int, int],
     cond: Cond,
     w: Tensor | None,
@@ -120,7 +124,7 @@ def measure(
     """Time a student at its real shapes (``cond`` and ``w``: ``batch`` rows), in the precision of the run;
     its weights are left as they were.
 
-    ``trained`` of its ``parameters`` get gradients.
+    ``trained``: what gets gradients.
     """
     generator = torch.Generator().manual_seed(0)
     inputs = (
@@ -129,20 +133,13 @@ def measure(
         {name: value.to(device) for name, value in cond.items()},
         None if w is None else w.to(device),
     )
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
 
     def evaluate() -> None:
         with torch.no_grad():
             student(*inputs)
 
     def step() -> None:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = student(*inputs).float().square().mean()
-        loss.backward()
+        student(*inputs).float().square().mean().backward()
         for parameter in trained:
             parameter.grad = None
 
@@ -151,13 +148,10 @@ def measure(
     with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
         evaluation = _seconds(evaluate, device)
         training = _seconds(step, device) if fits else 3 * evaluation
-    weights = {p.untyped_storage().data_ptr() for p in parameters}
     return Costs(
-        parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in trained),
         evaluation_seconds=evaluation / batch,
         training_seconds=training / batch,
-        activation_bytes=sum(count for pointer, count in kept.items() if pointer not in weights),
         measured=fits,
     )
 
@@ -185,8 +179,10 @@ def make_plan(
     sample_evaluations: int,
     sample_bytes: int,
     student_bytes: int,
+    memory: Mapping[str, int],
     free_bytes: int,
     files: Sequence[str],
+    route: str,
 ) -> Plan:
     """``on_trajectory``: the data has trajectories; ``sample_evaluations``: what is still to do for the data;
     ``student_bytes``: one student's file.
@@ -213,10 +209,7 @@ def make_plan(
         phases=tuple(rows),
         sample_evaluations=sample_evaluations,
         sample_seconds=sample_evaluations * costs.evaluation_seconds,
-        memory_bytes=weights_bytes(
-            costs.parameters, costs.trained, precision=settings.precision, ema=settings.ema
-        )
-        + costs.activation_bytes,
+        memory=dict(memory),
         free_bytes=free_bytes,
         disk={
             "samples": sample_bytes,
@@ -224,25 +217,9 @@ def make_plan(
             "state": costs.trained * 4 * (2 * 4 + 2),
         },
         files=tuple(files),
+        route=route,
         measured=costs.measured,
     )
-
-
-def weights_bytes(parameters: int, trained: int, *, precision: str, ema: float) -> int:
-    """Held while training: the frozen network in the run's precision; of what is trained, in float32, the
-    values, gradients, Adam's two moments, the average, a LoRA's earlier student; and autocast's copies.
-    """
-    frozen = DTYPES[precision].itemsize
-    copies = 0 if precision == "fp32" else frozen
-    earlier = 4 if trained < parameters else 0
-    return parameters * frozen + trained * (4 + 4 + 8 + (4 if ema else 0) + earlier + copies)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a run on this device may still take."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def require_disk(plan: Plan, *, out: Path, cache: Path) -> None:
@@ -258,11 +235,6 @@ def require_disk(plan: Plan, *, out: Path, cache: Path) -> None:
                 f"this run writes up to {size(count)}, but the disk of {place} has {size(free)} free; free "
                 "some space, or choose --out and --cache-dir on another disk"
             )
-
-
-def size(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 1024**2:.0f} MiB"
 
 
 def duration(seconds: float) -> str:
