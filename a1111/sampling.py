@@ -112,7 +112,8 @@ class FewStepSampler(KDiffusionSampler):
         with self.exits:
             self._enter(self.run.student)
             samples = super().launch_sampling(len(timesteps), func)
-        if not all(fed.times for fed in self.fed) and not shared.state.interrupted:
+        stopped = shared.state.interrupted or shared.state.skipped
+        if not stopped and not all(fed.times for fed in self.fed):
             tell(self.run.p, "the guidance did not reach the network: is another UNet in its place?")
         return samples
 

@@ -13,12 +13,12 @@ import gradio
 from modules import extras, script_callbacks, scripts, sd_models, shared
 
 from ..toolkit.diffusion.errors import BadInput
-from ..toolkit.diffusion.spec import SPEC_KEY
+from ..toolkit.diffusion.spec import SPEC_KEY, StudentSpec
 from ..toolkit.runtime.sentences import not_the_students_sampler
 from . import network, sampling
 from .messages import tell, tell_once
 from .sampling import NAME
-from .students import Student, find_for, names_a_student, spec_of, student_for, student_of
+from .students import Student, find_for, names_a_student, stated_spec, student_for, student_of
 
 STOP = "Stop with a message"
 INSTEAD = "DPM++ 2M"
@@ -46,7 +46,7 @@ class FewStep(scripts.Script):
         other = _named(getattr(p, "hr_checkpoint_name", None)) if has_second else None
         if first and (student := self._student(p, base)) is not None:
             p.override_settings = {**p.override_settings, "sd_model_checkpoint": student.title}
-            spec = spec_of(student.filename)
+            spec = stated_spec(student.filename)
             if spec is not None and spec.sampler != "consistency" and p.steps != spec.steps:
                 tell_once(p, f"{student.name} has {spec.steps} steps, whatever the slider says")
                 p.steps = spec.steps
@@ -134,20 +134,20 @@ def after_merge(a: Any, b: Any, c: Any, method: str) -> str:
 
 
 def _merger(run: Any) -> Any:
-    """The host's merger, which is handed no dictionaries as metadata (it cannot write them), and which says
-    what became of the dial."""
+    """The host's merger, which writes model A's spec (its own reading of metadata it could not write), and
+    says what became of the dial."""
 
     @functools.wraps(run)
     def merge(*arguments: Any, **named: Any) -> Any:
         bound = inspect.signature(run).bind(*arguments, **named)
         given = bound.arguments
-        if "metadata_json" in given:
-            given["metadata_json"] = _with_text(given["metadata_json"])
         names = [given[f"{rank}_model_name"] for rank in ("primary", "secondary", "tertiary")]
         infos = [sd_models.get_closet_checkpoint_match(name) for name in names]
-        with _spec_as_text(infos):
+        specs = [None if info is None else stated_spec(info.filename) for info in infos]
+        if "metadata_json" in given:
+            given["metadata_json"] = _edited(given["metadata_json"], specs[0])
+        with _metadata_of_a(infos, specs[0]):
             *updates, text = run(*bound.args, **bound.kwargs)
-        specs = [None if info is None else spec_of(info.filename) for info in infos]
         done = text.startswith("Checkpoint saved")
         sentence = after_merge(*specs, given["interp_method"]) if done else ""
         return [*updates, f"{text}<br>FewStep: {sentence}" if sentence else text]
@@ -156,11 +156,11 @@ def _merger(run: Any) -> Any:
 
 
 @contextmanager
-def _spec_as_text(infos: list[Any]) -> Iterator[None]:
-    """Within, the spec in the metadata of checkpoints is the text that it is in their files."""
+def _metadata_of_a(infos: list[Any], spec: StudentSpec | None) -> Iterator[None]:
+    """Within, the checkpoints to be merged have model A's spec in their metadata, as text, or none."""
     before = {info: info.metadata for info in infos if info is not None}
     for info, metadata in before.items():
-        info.metadata = json.loads(_with_text(json.dumps(metadata)))
+        info.metadata = _with_spec(metadata, spec)
     try:
         yield
     finally:
@@ -168,16 +168,18 @@ def _spec_as_text(infos: list[Any]) -> Iterator[None]:
             info.metadata = metadata
 
 
-def _with_text(metadata_json: str) -> str:
-    """A JSON object of metadata, whose spec the host has parsed, with the spec as text."""
+def _with_spec(metadata: dict[str, Any], spec: StudentSpec | None) -> dict[str, Any]:
+    kept = {key: value for key, value in metadata.items() if key != SPEC_KEY}
+    return kept if spec is None else {**kept, SPEC_KEY: spec.to_json()}
+
+
+def _edited(metadata_json: str, spec: StudentSpec | None) -> str:
+    """What the person has in the merger's field for metadata, with model A's spec or none."""
     try:
         metadata = json.loads(metadata_json)
     except (TypeError, ValueError):
         return metadata_json
-    spec = metadata.get(SPEC_KEY)
-    if isinstance(spec, dict):
-        metadata[SPEC_KEY] = json.dumps(spec, sort_keys=True)
-    return json.dumps(metadata)
+    return json.dumps(_with_spec(metadata, None if metadata.get(SPEC_KEY) is None else spec))
 
 
 def _fed(launch: Any, student: Student) -> Any:

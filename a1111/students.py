@@ -108,10 +108,10 @@ def names_a_student(prompt: str) -> bool:
     return any(_lora_file(name) is not None for name in _LORA.findall(prompt))
 
 
-def spec_of(path: str) -> StudentSpec | None:
-    """The spec of a checkpoint file, or None if it is no student."""
+def stated_spec(path: str) -> StudentSpec | None:
+    """The spec that a checkpoint file states, or None."""
     file = _LIBRARY.look(Path(path))
-    return None if file is None or file.kind == "lora" else file.spec
+    return None if file is None or file.kind == "lora" or not file.stated else file.spec
 
 
 def _checkpoints() -> Iterator[Any]:

@@ -163,6 +163,7 @@ class Host:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.patch, self.folder, self.callbacks = monkeypatch, folder, []
         self.options: dict[str, Any] = {}
+        self.written: list[dict[str, Any]] = []
         made = {name: ModuleType(f"modules.{name}") for name in (
             "extras", "script_callbacks", "scripts", "sd_models", "sd_samplers", "sd_samplers_common",
             "sd_samplers_kdiffusion", "shared",
@@ -207,17 +208,17 @@ class Host:
             refiner_switch_by_sample_steps=False, hires_fix_refiner_pass="second pass",
         )  # fmt: skip
         self.shared.OptionInfo = lambda default, label, *args, **kwargs: (default, label)
-        self.shared.state = SimpleNamespace(interrupted=False)
+        self.shared.state = SimpleNamespace(interrupted=False, skipped=False)
         self.shared.prompt_styles = SimpleNamespace(apply_styles_to_prompt=lambda prompt, styles: prompt)
 
         def run_modelmerger(
             id_task: Any, primary_model_name: Any, secondary_model_name: Any, tertiary_model_name: Any,
             interp_method: Any, multiplier: Any, metadata_json: str = "{}",
         ) -> list[Any]:  # fmt: skip
+            metadata: dict[str, Any] = {}
             for name in (primary_model_name, secondary_model_name):
-                info = self.sd_models.get_closet_checkpoint_match(name)
-                values = [*info.metadata.values(), *json.loads(metadata_json).values()]
-                assert all(isinstance(value, str) for value in values)
+                metadata |= self.sd_models.get_closet_checkpoint_match(name).metadata
+            self.written.append(metadata | json.loads(metadata_json))
             return [None, "Checkpoint saved to x.safetensors"]
 
         self.extras.run_modelmerger = run_modelmerger
@@ -513,14 +514,16 @@ def test_a_refiner_takes_over_only_where_it_was_trained_to_go_on(host: Host) -> 
 
 def test_the_merger_says_what_became_of_the_dial_and_can_write_the_spec(host: Host) -> None:
     student = host.student()
-    student.metadata = {"fewstep.spec": {"family": "sd1"}, "other": "x"}  # as the host reads it
+    parsed = {"fewstep.spec": {"family": "sd1"}, "other": "x"}  # as the host reads it
+    student.metadata = parsed
     host.select(make_teacher(host.folder / "base.safetensors"))
     merge = functools.partial(host.extras.run_modelmerger, "id", multiplier=0.3)
-    kept = merge("student", "base", "", "Weighted sum", metadata_json=json.dumps(student.metadata))
+    kept = merge("student", "base", "", "Weighted sum", metadata_json=json.dumps(parsed))
+    assert [host.written[-1].get(key) for key in ("fewstep.spec", "other")] == [make_spec().to_json(), "x"]
     assert "it has model A's guidance dial, whole" in kept[-1]
-    assert student.metadata == {"fewstep.spec": {"family": "sd1"}, "other": "x"}
+    assert student.metadata is parsed and parsed["fewstep.spec"] == {"family": "sd1"}
     gone = host.extras.run_modelmerger("id", "base", "student", "", "Weighted sum", 0.3)
-    assert "the guidance dial is gone" in gone[-1]
+    assert "the guidance dial is gone" in gone[-1] and "fewstep.spec" not in host.written[-1]
     both = host.extras.run_modelmerger("id", "student", "student", "", "Weighted sum", 0.3)
     assert "the mean of the two" in both[-1]
     plain = host.extras.run_modelmerger("id", "base", "base", "", "Weighted sum", 0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -97,13 +98,14 @@ def test_the_merger_says_what_became_of_the_dial(webui: WebUI, webui_models: Web
 
 def test_reload_ui_leaves_one_sampler_and_the_same_picture(webui: WebUI) -> None:
     before = webui.txt2img()
+    loaded = webui.get("/probe/seen")["loaded"]
     webui.get("/probe/reload")
-    time.sleep(3)
-    for _ in range(120):
-        try:
-            names = [entry["name"] for entry in webui.get("/sdapi/v1/samplers")]
-            break
-        except (OSError, Refused):
-            time.sleep(0.5)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, Refused):
+            if webui.get("/probe/seen")["loaded"] != loaded:
+                break
+        time.sleep(0.5)
+    names = [entry["name"] for entry in webui.get("/sdapi/v1/samplers")]
     assert names.count("FewStep") == 1
     assert webui.txt2img().png == before.png

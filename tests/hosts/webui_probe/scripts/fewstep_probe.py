@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import time
 
 import torch
 from modules import extras, script_callbacks, scripts, sd_models, sd_samplers, shared
 
-SEEN = {"calls": [], "samples": [], "comments": [], "context": None}
+SEEN = {"calls": [], "samples": [], "comments": [], "context": None, "loaded": time.time()}
 
 
 def unet():
@@ -48,6 +49,11 @@ class Probe(scripts.Script):
 
     def process_before_every_sampling(self, p, *args, **kwargs):
         SEEN["start"] = kwargs["x"].float().tolist()
+        for name, tensor in (
+            ("mask", getattr(p, "nmask", None)),
+            ("concat", getattr(p, "image_conditioning", None)),
+        ):
+            SEEN[name] = None if tensor is None else torch.as_tensor(tensor).float().tolist()
 
     def post_sample(self, p, ps, *args):
         SEEN["samples"].append(torch.as_tensor(ps.samples).float().tolist())
