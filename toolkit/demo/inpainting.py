@@ -56,7 +56,7 @@ def erased_objects(what: Scenes) -> Tensor:
 def drawings_to_fill(prompts: Sequence[str], *, seed: int) -> tuple[Tensor, Tensor]:
     """Drawings (N, 3, 32, 32) on the backgrounds that the prompts name, of other shapes than they name, and
     masks over these."""
-    what = scenes(len(prompts), seed=seed + 1)  # the prompts are often drawn from the seed itself
+    what = scenes(len(prompts), seed=~seed)  # prompts are often drawn from the seed itself, or the next
     shape, background = what.labels["shape"], what.labels["background"]
     for row, prompt in enumerate(prompts):
         said = labels(prompt)
