@@ -257,7 +257,8 @@ class _Shown:
             self.images(reference, fill=fill),
             *(self.images(Cell("student", n, self.guidance, task="fill"), fill=fill) for n in names),
         ]
-        labels = ["from", "what is kept", f"teacher, {reference.steps} steps", *names]
+        files = [name.removesuffix(".safetensors") for name in names]
+        labels = ["from", "what is kept", f"teacher, {reference.steps} steps", *files]
         caption = (
             f"Filling in at guidance {self.guidance:g}, what the prompt at the left says in place of what is "
             "grey, from the same noise."
