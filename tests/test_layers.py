@@ -38,8 +38,8 @@ ROOMS = {
         ours={"diffusion", "runtime", "training"}, theirs={"PIL", "numpy", "torch", "transformers"}
     ),
     "toolkit/demo": Room(
-        ours={"diffusion", "evaluation", "methods", "runtime", "training"},
-        theirs=TRAINING_PACKAGES | DATA_PACKAGES,
+        ours={"command", "diffusion", "evaluation", "methods", "runtime", "training"},
+        theirs=TRAINING_PACKAGES | DATA_PACKAGES | {"sklearn"},
     ),
     "nodes": Room(ours={"diffusion", "runtime"}, theirs={"safetensors", "torch"} | COMFYUI),
     "a1111": Room(ours={"diffusion", "runtime"}, theirs={"safetensors", "torch"} | WEBUI),
