@@ -304,9 +304,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="results; a stopped run goes on there")
     add("--steps", type=int, default=4, metavar="N", help="of the student (default 4)")
-    add("--teacher-updates", type=int, default=4000, metavar="N", help="default 4000")
-    add("--updates", type=int, default=600, metavar="N", help="of each halving (default 600)")
-    add("--samples", type=int, default=4000, metavar="N", help="pictures a row (default 4000)")
+    add("--teacher-updates", type=int, default=3000, metavar="N", help="default 3000")
+    add("--updates", type=int, default=500, metavar="N", help="of each halving (default 500)")
+    add("--samples", type=int, default=1000, metavar="N", help="pictures a row (default 1000)")
     return parser
 
 
