@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from toolkit.demo import INPAINT_TEACHER, JUDGE, TEACHER, TOKENIZER
-from toolkit.demo.drawings import ATTRIBUTES, SPOKEN, captions, draw, labels, prompts, render, scenes
+from toolkit.demo.drawings import ATTRIBUTES, SPOKEN, altered, captions, draw, labels, prompts, render, scenes
 from toolkit.demo.vocabulary import caption_words, merges, write_tokenizer
 
 MEGABYTE = 1_000_000
@@ -144,3 +144,12 @@ def test_the_inpainting_teacher_fills_in_what_its_caption_says_and_shares_the_re
     plain, nine = load_tensors(TEACHER), load_tensors(INPAINT_TEACHER)
     shared = [key for key in plain if not key.startswith("model.")]
     assert shared and all(torch.equal(plain[key], nine[key]) for key in shared)
+
+
+def test_altered_captions_differ_in_the_one_word_that_is_named() -> None:
+    before = prompts(300, seed=4)
+    after, names = altered(before, seed=2)
+    for old, new, name in zip(before, after, names, strict=True):
+        was, now = labels(old), labels(new)
+        assert was.keys() == now.keys() and [n for n in was if was[n] != now[n]] == [name]
+    assert set(names) == set(SPOKEN) and altered(before, seed=2) == (after, names)

@@ -199,7 +199,10 @@ def test_a_config_file_says_the_same_as_flags_and_flags_win(arguments, call, tmp
         (["--guidance", "8", "2"], "expected 1 <= LO <= HI"),
         (["--guidance", "1", "nan"], "expected 1 <= LO <= HI"),
         (["--guidance-default", "9"], "lies outside --guidance 1 8"),
-        (["--method", "magic"], "--method magic: no such method; there are guided, progressive, sfddm"),
+        (
+            ["--method", "magic"],
+            "--method magic: no such method; there are consistency, guided, inversion, progressive, sfddm",
+        ),
         (["--updates", "1", "2", "3"], "this run has 2 phases (guided, fold-2)"),
         (["--updates", "0"], "every phase needs at least 1 update"),
         (["--resolution", "33"], "multiples of"),
@@ -330,6 +333,17 @@ def test_a_single_fold_to_a_list_of_timesteps_stochastic_unguided_and_as_a_lora(
     (shard,) = (tmp_path / "cache").rglob("00000.safetensors")
     assert load_tensors(shard)["states"].shape[1] == 16
     call(["--resume", "--out", str(out)])
+
+
+def test_an_encoder_has_no_dial_an_ascending_grid_and_a_report_of_round_trips(arguments, call, tmp_path):
+    del arguments[arguments.index("--finest") : arguments.index("--finest") + 2]
+    call([*arguments, "--method", "inversion", "--report-prompts", "2"])
+    out = tmp_path / "run"
+    spec = read_spec(out / "student.safetensors")
+    assert spec is not None and spec.direction == "encode" and spec.timesteps == (0, 499)
+    assert spec.w_embedding is None and spec.guidance_max == 1 and not spec.any_start
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "dB PSNR" in page and "data:image/png" in page
 
 
 def test_trigger_words_stand_in_every_second_prompt():

@@ -99,6 +99,17 @@ def test_a_student_that_equals_its_teacher_gets_its_teachers_figures(painters):
         assert student[name] == ddim[name]
 
 
+def test_consistency_students_have_rows_at_other_step_counts_too(painters):
+    spec = replace(painters[2].spec, sampler="consistency")
+    measured = evaluation({**painters, 2: replace(painters[2], spec=spec)}, steps=(2, 3), judge=False)
+    rows = [row for row in measured.rows() if row["model"] == "student"]
+    assert [(row["name"], row["steps"], row["evaluations"]) for row in rows] == [
+        ("two", 2, 2), ("one", 1, 1), ("two", 3, 3),
+    ]  # fmt: skip
+    with pytest.raises(BadInput, match="0 steps"):
+        replace(painters[2], spec=spec).plan(steps=0)
+
+
 def test_each_distance_is_to_the_reference_at_the_same_guidance_and_strength(painters):
     measured = evaluation(painters, guidances=(1.0, 5.0), strengths=(0.5,))
     unit = sum(float(column.std()) for column in YARDSTICK.real.T) / 3
@@ -311,6 +322,21 @@ def test_a_teacher_for_a_student_and_a_student_for_a_teacher_are_refused(folder,
         evaluate.main(["--teacher", student, "--student", student, *words])
     with pytest.raises(BadInput, match="this is not a student"):
         evaluate.main(["--teacher", teacher, "--student", teacher, *words])
+
+
+def test_an_encoder_gets_rows_of_round_trips_and_edits(folder, tmp_path, capsys):
+    spec = make_spec(timesteps=(0,), direction="encode", w_embedding=None, guidance_max=1.0)
+    encoder = make_student(tmp_path / "encoder.safetensors", spec=spec, dial=None)
+    evaluate.main(command(folder, tmp_path, "--encoder", str(encoder), "--json"))
+    rows = json.loads(capsys.readouterr().out)["edits"]
+    names = ["teacher", "2.safetensors", "1.safetensors"]
+    assert [(row["encoder"], row["decoder"], row["guidance"]) for row in rows] == [
+        (by, name, g) for by in ("teacher", "encoder.safetensors") for name in names for g in (1, 3)
+    ]
+    assert all((row["psnr"] is not None) == (row["guidance"] == 1) and row["kept"] is None for row in rows)
+    assert {row["encoder_evaluations"] for row in rows} == {50, 1}
+    with pytest.raises(BadInput, match="takes an encoder"):
+        evaluate.main(command(folder, tmp_path, "--encoder", str(folder / "students" / "2.safetensors")))
 
 
 def test_pictures_show_only_students_that_run_at_the_guidance(painters):

@@ -14,7 +14,7 @@ from toolkit.diffusion.errors import BadInput
 from toolkit.diffusion.folding import FoldLoss, Posed, routes
 from toolkit.diffusion.grid import Grid
 from toolkit.diffusion.hidden import show, watching
-from toolkit.diffusion.method import Batch, Setting, draw_timesteps, truncated_snr_weight
+from toolkit.diffusion.method import Batch, Phase, Setting, draw_timesteps, truncated_snr_weight
 from toolkit.diffusion.schedule import like
 from toolkit.diffusion.solvers import roll, roll_2m
 from toolkit.methods import find_methods, options_of
@@ -42,7 +42,7 @@ def test_a_method_is_one_file_with_help_config_and_phases(name):
     assert method.Config.__dataclass_params__.frozen
     assert all(option.help for option in options_of(method))
     found = method.phases(method.Config(), SETTING)
-    assert found[-1].grid == Grid.trailing(4)
+    assert found[-1].grid in (Grid.trailing(4), Grid.encoding(4))
     assert found[0].teacher == "pair" and len({phase.name for phase in found}) == len(found)
 
 
@@ -198,6 +198,83 @@ def test_on_policy_rows_start_where_the_student_gets_to_and_a_perfect_student_ha
     at_entry = torch.isin(visited.sigma, grid.sigmas(SCHEDULE).float()[1:])
     noise = visited.x[at_entry] / like(visited.sigma[at_entry], visited.x)
     assert float(noise.std()) == pytest.approx(1, abs=0.05)
+
+
+def consistency(steps: int, **options: object) -> Phase:
+    (phase,) = METHODS["consistency"].phases(
+        METHODS["consistency"].Config(**options), dataclasses.replace(SETTING, steps=steps, guided=False)
+    )
+    return phase
+
+
+@pytest.mark.parametrize("loss", ["snr", "lcm"])
+@pytest.mark.parametrize(("ends", "steps"), [("clean", 4), ("phase", 2), ("phase", 5)])
+def test_a_perfect_consistency_student_has_zero_loss(ends, steps, loss):
+    phase, teacher = consistency(steps, ends=ends, consistency_loss=loss), GaussianTeacher()
+    jumps = Grid.trailing(1) if ends == "clean" else phase.grid
+    values = [
+        phase.loss(
+            student=student,  # type: ignore[arg-type]
+            teacher=teacher,
+            batch=batch(256, w=None),
+            generator=torch.Generator().manual_seed(1),
+        )
+        for student in (PerfectStudent(teacher, jumps, Grid.trailing(50)), GaussianTeacher(spread=0.4))
+    ]
+    assert values[0].max() < (1e-6 if loss == "snr" else 1e-4) and values[1].mean() > 1e-3
+
+
+def test_free_ends_lie_anywhere_below_and_only_a_straight_flow_suits_them_all():
+    phase, curved = consistency(4, ends="free"), GaussianTeacher()
+    below, end = phase.loss.below(torch.full((4000,), 999), torch.Generator().manual_seed(0))  # type: ignore[attr-defined]
+    assert set(below.tolist()) == {979} and set(end.tolist()) == set(Grid.trailing(50).points) - {999}
+    straight = GaussianTeacher(spread=0.0)
+    means_of = [
+        float(
+            phase.loss(
+                student=PerfectStudent(teacher, Grid.trailing(1), Grid.trailing(50)),
+                teacher=teacher,
+                batch=batch(256, w=None),
+                generator=torch.Generator().manual_seed(1),
+            ).mean()
+        )
+        for teacher in (straight, curved)
+    ]
+    assert means_of[0] < 1e-8 and means_of[1] > 1e-4
+
+
+def test_consistency_students_say_how_they_are_sampled():
+    samplers = {ends: consistency(4, ends=ends).sampler for ends in ("clean", "phase", "free")}
+    assert samplers == {"clean": "consistency", "phase": "deterministic", "free": "deterministic"}
+    method, stochastic = METHODS["consistency"], dataclasses.replace(SETTING, sampler="stochastic")
+    assert method.phases(method.Config(ends="free"), stochastic)[0].sampler == "stochastic"
+    with pytest.raises(BadInput, match="leave it out"):
+        method.phases(method.Config(), stochastic)
+    with pytest.raises(BadInput, match="expected 4"):
+        consistency(4, solver_steps=3)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_a_perfect_encoder_has_zero_loss_and_starts_from_the_picture_itself(steps):
+    method, data = METHODS["inversion"], batch(256)
+    (phase,) = method.phases(method.Config(), dataclasses.replace(SETTING, steps=steps))
+    teacher = GaussianTeacher()
+    perfect = PerfectStudent(teacher, phase.grid, phase.grid.refined(-(-16 // steps)), roll=roll_2m)
+    starts: list[torch.Tensor] = []
+
+    class Observed(GaussianTeacher):
+        def velocity(self, x, sigma, *, cond, w=None):
+            assert w is None, "encoding is unguided"
+            starts.append(x[sigma == SCHEDULE.sigmas[0].float()])
+            return perfect.velocity(x, sigma, cond=cond)
+
+    losses = [
+        phase.loss(student=student, teacher=teacher, batch=data, generator=torch.Generator().manual_seed(1))
+        for student in (Observed(), teacher)
+    ]
+    assert losses[0].max() < 1e-6 and losses[1].mean() > 1e-4
+    assert len(starts[0]) and all(any(torch.equal(x, x0) for x0 in data.x0) for x in starts[0])
+    assert not phase.dial and not phase.any_start and phase.teacher_evaluations == -(-16 // steps)
 
 
 def test_without_guidance_progressive_halves_the_teacher_itself_and_students_have_no_dial():

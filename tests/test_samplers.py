@@ -73,6 +73,20 @@ def test_dpmpp_2m_is_diffusers(steps):
     assert torch.allclose(sample_dpmpp_2m(teacher, x, sigmas, {"cond": cond}), z, atol=3e-5)
 
 
+def test_a_perfect_encoder_lands_on_the_exact_flow_and_its_decoder_brings_the_picture_back():
+    teacher, cond = GaussianTeacher(), means(3)
+    up, down = Grid.encoding(4), Grid.trailing(4)
+    x0 = torch.linspace(-1, 1, 12).reshape(3, 1, 2, 2).double()
+    sigmas = up.sigmas(SCHEDULE)
+    encoder = PerfectStudent(teacher, up, up.refined(125), roll=roll_2m)
+    noise = sample_deterministic(encoder, x0, sigmas, {"cond": cond})
+    exact = teacher.flow(x0, sigmas[:1].expand(3), sigmas[-1:].expand(3), cond=cond)
+    assert torch.allclose(noise, exact, rtol=2e-3)
+    decoder = PerfectStudent(teacher, down, down.refined(125), roll=roll_2m)
+    back = sample_deterministic(decoder, noise, down.sigmas(SCHEDULE), {"cond": cond})
+    assert torch.allclose(back, x0, atol=5e-3)
+
+
 def test_a_rolled_2m_is_the_sampler_and_may_wait_first():
     teacher, cond = GaussianTeacher(), means(2)
     sigmas = Grid.trailing(6).sigmas(SCHEDULE)

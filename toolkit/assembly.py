@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .demo import TEACHER, TOKENIZER
-from .demo.drawings import draw
+from .demo.drawings import altered, draw
 from .demo.drawings import prompts as demo_prompts
 from .demo.inpainting import drawings_to_fill
 from .demo.judge import load_judge
@@ -30,6 +30,7 @@ from .diffusion.errors import BadInput
 from .diffusion.grid import Grid
 from .diffusion.method import Phase, Setting
 from .diffusion.spec import StudentSpec, WEmbedding
+from .evaluation.editing import encoder_showcase
 from .evaluation.evaluate import Yardstick
 from .evaluation.guests import answers_to
 from .evaluation.painter import Fill, Painter, cached_texts
@@ -632,6 +633,8 @@ def _looker(settings: Settings, teacher: Teacher) -> Callable[[str, NetworkDenoi
     scales = sorted({settings.guidance_default, max(settings.guidance[0], min(2.0, settings.guidance[1]))})
 
     def look(name: str, student: NetworkDenoiser, phase: Phase) -> None:
+        if phase.grid.ascending:
+            return
         painter = Painter(
             denoiser=student,
             vae=place(checkpoint.vae(checkpoint.vae_dtype(dtype)), settings.device).eval(),
@@ -662,7 +665,8 @@ def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> st
     out = Path(settings.out)
     shown = Showcase((), (), None)
     if settings.report_prompts:
-        shown = _showcase(settings, phases, teacher)
+        encoder = phases[-1].grid.ascending
+        shown = _encoder_showcase(settings, teacher) if encoder else _showcase(settings, phases, teacher)
     curves = [json.loads(line) for line in (out / "run.jsonl").read_text(encoding="utf-8").splitlines()]
     low, high = settings.guidance
     plural = "s" if settings.steps > 1 else ""
@@ -750,6 +754,28 @@ def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> 
         seed=seed,
         fill=(lambda prompts: Fill(*drawings_to_fill(prompts, seed=seed))) if settings.demo else None,
     )
+
+
+def _encoder_showcase(settings: Settings, teacher: Teacher) -> Showcase:
+    """Round trips and edits: of drawings in the demo, elsewhere of the teacher's own pictures."""
+    dtype = DTYPES[settings.precision]
+    opened = open_for_people(
+        Path(settings.out) / "student.safetensors",
+        tokenizer=_path(settings.tokenizer) or _words_beside(settings),
+    )
+    encoder, decoder = (
+        Painter.open(checkpoint, device=settings.device, dtype=dtype)
+        for checkpoint in (opened, teacher.checkpoint)
+    )
+    seed, guidance = settings.seed + 2, settings.guidance_default
+    if settings.demo:
+        images, before = draw(settings.report_prompts, seed=seed)
+        after, _ = altered(before, seed=seed)
+    else:
+        before = _prompts(settings, teacher, settings.report_prompts, seed=seed)
+        images = decoder.paint(before, seeds=range(seed, seed + len(before)), guidance=guidance)
+        after = [*before[1:], before[0]]
+    return encoder_showcase(encoder, decoder, images, before, after, guidance=guidance)
 
 
 def _words_beside(settings: Settings) -> Path | None:

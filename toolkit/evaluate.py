@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from .command import print_json, run
-from .demo.drawings import draw
+from .demo.drawings import altered, draw, labels
 from .demo.drawings import prompts as demo_prompts
 from .demo.inpainting import drawings_to_fill
 from .demo.judge import load_judge
 from .diffusion.errors import BadInput
+from .evaluation.editing import Edits, edit_rows
 from .evaluation.evaluate import (
     SELDOM,
     Evaluation,
@@ -92,12 +93,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(row)
         _write_results(asked, evaluation, rows)
     log.info("%s", table(rows))
+    edited = list(_edited(asked, evaluation, device=device, dtype=dtype, demo=demo))
+    if edited:
+        _write_results(asked, evaluation, rows, edited)
     guidance = sorted(evaluation.request.guidances)[len(evaluation.request.guidances) // 2]
     _write_pictures(asked, evaluation, guidance)
     if sentence := verdict([row for row in rows if row["guidance"] == guidance]):
         log.info("%s", sentence)
     if asked.json:
-        print_json({"rows": rows})
+        print_json({"rows": rows, "edits": edited})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="student files, or folders of them",
     )
+    add("--encoder", type=Path, metavar="PATH", help="of method inversion: round trips and edits as well")
     add("--prompts", type=Path, metavar="FILE", help="one a line (default: the demo's, or built-in ones)")
     add(
         "--steps", type=int, nargs="*", metavar="N", help="of the teacher's samplers (default: the students')"
@@ -262,13 +267,45 @@ def _identities(
     return {name: f"{checkpoint.sha256} {how}{loras[name]}" for name, checkpoint in every.items()}
 
 
-def _write_results(asked: argparse.Namespace, evaluation: Evaluation, rows: Sequence[Row]) -> None:
+def _edited(
+    asked: argparse.Namespace, evaluation: Evaluation, *, device: torch.device, dtype: torch.dtype, demo: bool
+) -> Iterator[Row]:
+    """Rows of edits, of drawings or of the teacher's own pictures, by the teacher and the encoder."""
+    if asked.encoder is None:
+        return
+    parts = parts_of(asked) | {"override": None}
+    encoder = Painter.open(open_for_people(asked.encoder, **parts), device=device, dtype=dtype)
+    encoder.encoding()
+    judge = load_judge() if demo else None
+    if demo:
+        images, before = draw(asked.samples, seed=asked.seed)
+        after, changed = altered(before, seed=asked.seed)
+        wanted = [labels(text)[name] for text, name in zip(after, changed, strict=True)]
+        edits = Edits(images, before, after, changed, wanted)
+    else:
+        reference = evaluation.reference(evaluation.request.guidances[0])
+        before = evaluation.request.prompts
+        images = evaluation.teacher.decode(evaluation.latents(reference)[0])
+        edits = Edits(images, before, [*before[1:], before[0]])
+    yield from edit_rows(
+        {"teacher": evaluation.teacher, asked.encoder.name: encoder},
+        {"teacher": evaluation.teacher, **evaluation.students},
+        edits,
+        guidances=evaluation.request.guidances,
+        judge=judge,
+    )
+
+
+def _write_results(
+    asked: argparse.Namespace, evaluation: Evaluation, rows: Sequence[Row], edited: Sequence[Row] = ()
+) -> None:
     results: dict[str, Any] = {
         "teacher": evaluation.teacher_name,
         "students": list(evaluation.students),
         "samples": asked.samples,
         "seed": asked.seed,
         "rows": list(rows),
+        "edits": list(edited),
     }
     with atomic_path(asked.out / "results.json") as partial:
         partial.write_text(json.dumps(results, indent=2), encoding="utf-8")

@@ -98,6 +98,23 @@ def prompts(count: int, *, seed: int) -> list[str]:
     return captions(scenes(count, seed=seed), seed=seed)
 
 
+def altered(captions: list[str], *, seed: int) -> tuple[list[str], list[str]]:
+    """For captions that name every spoken attribute: one of them changed to another of its words, and its
+    name.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    names = torch.randint(len(SPOKEN), (len(captions),), generator=generator)
+    shifts = torch.rand(len(captions), generator=generator)
+    changed = [SPOKEN[int(name)] for name in names]
+    said: list[str] = []
+    for caption, name, shift in zip(captions, changed, shifts, strict=True):
+        words = ATTRIBUTES[name]
+        index = labels(caption)
+        index[name] = (index[name] + 1 + int(shift * (len(words) - 1))) % len(words)
+        said.append(_sentence(*(ATTRIBUTES[spoken][index[spoken]] for spoken in SPOKEN)))
+    return said, changed
+
+
 def labels(caption: str) -> dict[str, int]:
     """Attributes that a caption names, as indices into the words of ATTRIBUTES; other words are ignored."""
     spoken = set(caption.lower().replace(",", " ").split())

@@ -94,6 +94,11 @@ class FoldLoss:
             x = torch.where(own.reshape(-1, 1, 1, 1), visited, x)
             if self.sampler == "stochastic" and batch.on_trajectory is not None:
                 batch = replace(batch, on_trajectory=batch.on_trajectory & ~own)
+        return self.aimed(teacher, x, timestep, batch)
+
+    @torch.no_grad()
+    def aimed(self, teacher: Denoiser, x: Tensor, timestep: Tensor, batch: Batch) -> Posed:
+        """Where the teacher goes from x (B, C, H, W) at the timesteps (B,)."""
         path = self.teacher_path(timestep)
         sigma_t, sigma_s = (self.schedule.sigma(t).float() for t in (path[0], path[-1]))
         landed = self.landing(teacher, x, path, batch)

@@ -30,7 +30,7 @@ def roll(denoiser: Denoiser, x: Tensor, sigmas: Sequence[Tensor], *, cond: Cond,
 def roll_2m(
     denoiser: Denoiser, x: Tensor, sigmas: Sequence[Tensor], *, cond: Cond, w: Tensor | None
 ) -> Tensor:
-    """:func:`roll` with DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), downwards.
+    """:func:`roll` with DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), in either direction.
 
     The first step of each sample, those after a wait (a step of length 0) and the one to sigma 0 are of first
     order.
@@ -39,7 +39,7 @@ def roll_2m(
     for sigma_t, sigma_s in pairwise(sigmas):
         x0 = denoiser(x, sigma_t, cond=cond, w=w)
         h = torch.where(sigma_s > 0, (sigma_t / sigma_s).log(), 0.0)
-        ratio = torch.where(h_last > 0, h / (2 * h_last), 0.0)
+        ratio = torch.where(h_last != 0, h / (2 * h_last), 0.0)
         x = euler_step(x, x0 + like(ratio, x) * (x0 - previous), sigma_t, sigma_s)
         previous, h_last = x0, h
     return x

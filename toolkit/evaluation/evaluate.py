@@ -125,7 +125,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Cell:
-    """What one row paints. ``steps`` None is a student's own grid."""
+    """What one row paints. ``steps`` None is a student's own grid, which consistency students can leave."""
 
     model: Literal["teacher", "student"]
     name: str
@@ -213,7 +213,14 @@ class Evaluation:
                 if (sampler, steps) != (reference.sampler, reference.steps)
             ]
         able = [name for name, student in self.students.items() if student.runs_at(guidance)]
-        return cells + [Cell("student", name, guidance, strength, task=task) for name in able]
+        cells += [Cell("student", name, guidance, strength, task=task) for name in able]
+        return cells + [
+            Cell("student", name, guidance, strength, steps=steps, task=task)
+            for name in able
+            if (spec := self.students[name].spec) is not None and spec.sampler == "consistency"
+            for steps in self.request.steps
+            if steps != spec.steps
+        ]
 
     def reference(self, guidance: float, strength: float = 1.0) -> Cell:
         steps = self.request.reference_steps
@@ -288,7 +295,7 @@ class Evaluation:
                 "name": cell.name,
                 "noise": cell.noise,
                 "sampler": plan.sampler,
-                "steps": cell.steps if painter.spec is None else painter.spec.steps,
+                "steps": cell.steps or (None if painter.spec is None else painter.spec.steps),
                 "evaluations": plan.evaluations,
                 "guidance": guidance,
                 "strength": strength,

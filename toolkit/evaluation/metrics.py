@@ -31,6 +31,14 @@ class Judge(Protocol):
         ...
 
 
+class Attributes(Protocol):
+    """Says what pictures (B, 3, H, W) in [0, 1] show."""
+
+    def attributes(self, images: Tensor) -> dict[str, Tensor]:
+        """For each attribute the index (B,) of its most likely word."""
+        ...
+
+
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Frechet distance of the features a (N, F) and b (M, F), each of at least two rows."""
     return gaussian_frechet(*_moments(a), *_moments(b))

@@ -20,8 +20,9 @@ from torch import Tensor
 from ..diffusion.blending import Blended
 from ..diffusion.denoiser import Cond, Denoiser, Guided
 from ..diffusion.errors import BadInput
-from ..diffusion.grid import Grid
-from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.grid import Grid, trailing_timesteps
+from ..diffusion.schedule import NoiseSchedule, alpha
+from ..diffusion.solvers import start_noise
 from ..diffusion.spec import StudentSpec
 from ..runtime.samplers import (
     initial_latent,
@@ -185,13 +186,15 @@ class Painter:
         sampler: str | None = None,
         negative: str | None = None,
         x0: Tensor | None = None,
+        noise: Tensor | None = None,
         fill: Fill | None = None,
         strength: float = 1.0,
         size: tuple[int, int] | None = None,
         batch: int | None = None,
         progress: Progress | None = None,
     ) -> Painted:
-        """Clean latents of ``prompts``, each from its own seed.
+        """Clean latents of ``prompts``, each from its own seed, or from ``noise`` (N, C, h, w), of unit
+        variance.
 
         ``x0``: (N or 1, C, h, w) scaled latents to start from at ``strength`` in (0, 1]. ``size``: (height,
         width) in pixels. ``fill``: only its masks are painted, on its images (which x0 and size then come
@@ -211,11 +214,9 @@ class Painter:
             raise ValueError("a strength below 1 needs x0 to start from")
         plan = self.plan(guidance=guidance, steps=steps, sampler=sampler, strength=strength)
         model, sampler_for = self._model(negative, plan)
-        shape = self.latent_shape(size) if x0 is None else tuple(x0.shape[1:])
-        height, width = (side * self.downscale for side in shape[1:])
-        cond = with_sizes(self._conditioning(prompts), width=width, height=height)
-        if self.inpaint:
-            cond = {**cond, "inpaint": self.seen(fill, len(prompts), height, width).to(self.device)}
+        given = noise if x0 is None else x0
+        shape = self.latent_shape(size) if given is None else tuple(given.shape[1:])
+        cond = self._told(prompts, shape, fill)
         batch = batch or max(1, _LATENT_CELLS // (shape[1] * shape[2]))
         sigmas = torch.tensor(plan.sigmas, dtype=torch.float64)
         starts = [
@@ -227,6 +228,8 @@ class Painter:
             )
             for row, seed in enumerate(seeds)
         ]
+        if noise is not None:
+            starts = list(start_noise(noise, torch.full((len(noise),), plan.sigmas[0])).split(1))
         total = len(plan.timesteps) * math.ceil(len(seeds) / batch)
         done = 0
 
@@ -251,6 +254,39 @@ class Painter:
                 painting = Blended(model, kept, unit_noise(x.shape, seeds=part).to(x), masks)
             parts.append(sampler_for(part)(painting, x, sigmas, arguments, tick).cpu())
         return Painted(torch.cat(parts), plan, time.perf_counter() - started)
+
+    @torch.no_grad()
+    def invert(self, x0: Tensor, prompts: Sequence[str], *, steps: int | None = None) -> Tensor:
+        """The noise (N, C, h, w), of unit variance, that the flow makes the latents x0 of, without guidance.
+
+        By an encoder on its own timesteps; by a teacher in ``steps`` of DDIM backwards (default 50).
+        """
+        grid = self.encoding(steps)
+        sigmas = grid.sigmas(self.schedule)
+        cond = self._told(prompts, tuple(x0.shape[1:]), None)
+        batch = max(1, _LATENT_CELLS // (x0.shape[2] * x0.shape[3]))
+        parts: list[Tensor] = []
+        for first in range(0, len(x0), batch):
+            told = {name: rows[first : first + batch] for name, rows in cond.items()}
+            x = x0[first : first + batch].float().to(self.device)
+            parts.append(sample_deterministic(self.denoiser, x, sigmas, {"cond": told}).cpu())
+        return torch.cat(parts) * float(alpha(sigmas[-1]))
+
+    def encoding(self, steps: int | None = None) -> Grid:
+        """The ascending grid that pictures are inverted on; BadInput for a decoder."""
+        top = len(self.schedule) - 1
+        if self.spec is None:
+            return Grid.encoding(DEFAULT_STEPS if steps is None else steps, top + 1)
+        if self.spec.direction != "encode":
+            raise BadInput(
+                "this student makes pictures of noise; to make noise of pictures takes an encoder "
+                "(python -m toolkit.distill --method inversion) or the teacher"
+            )
+        if steps not in (None, self.spec.steps):
+            raise BadInput(
+                f"{steps} steps were asked for, but this encoder was trained for {self.spec.steps}"
+            )
+        return Grid(self.spec.timesteps, end=top)
 
     def paint(self, prompts: Sequence[str], **arguments: Any) -> Tensor:
         """Pictures (N, 3, H, W) float32 in [0, 1]; arguments as in :meth:`latents`."""
@@ -280,6 +316,14 @@ class Painter:
         if plan.w is None:
             return self.denoiser, lambda seeds: run
         return Guided(self.denoiser, self._conditioning([negative or ""])), lambda seeds: run
+
+    def _told(self, prompts: Sequence[str], shape: Sequence[int], fill: Fill | None) -> Cond:
+        """All that the network is told of pictures whose latents have ``shape`` (C, h, w)."""
+        height, width = (side * self.downscale for side in shape[1:])
+        cond = with_sizes(self._conditioning(prompts), width=width, height=height)
+        if self.inpaint:
+            cond = {**cond, "inpaint": self.seen(fill, len(prompts), height, width).to(self.device)}
+        return cond
 
     def _conditioning(self, prompts: Sequence[str]) -> Cond:
         """Conditioning on the device, one row a prompt; each different prompt is encoded once."""
@@ -368,7 +412,10 @@ def _student_plan(
         raise BadInput(
             f"sampler {sampler} was asked for, but a student brings its own ({spec.sampler}); leave it out"
         )
-    if steps not in (None, spec.steps):
+    timesteps = spec.timesteps
+    if spec.sampler == "consistency" and steps is not None and 1 <= steps <= len(schedule):
+        timesteps = trailing_timesteps(steps, len(schedule))
+    elif steps not in (None, spec.steps):
         raise BadInput(
             f"{steps} steps were asked for, but this student was trained for {spec.steps} "
             f"(timesteps {_listed(spec.timesteps)}); leave the number out, or take "
@@ -379,7 +426,7 @@ def _student_plan(
     spec.check_guidance(guidance)
     live = spec.w_embedding is not None and spec.baked_guidance is None
     sigmas = walk(
-        spec.timesteps, schedule, start_sigma=strength_sigma(strength, schedule), any_start=spec.any_start
+        timesteps, schedule, start_sigma=strength_sigma(strength, schedule), any_start=spec.any_start
     )
     return _plan(
         sigmas, schedule, sampler=spec.sampler, guidance=guidance, w=guidance - 1 if live else None, width=1

@@ -147,7 +147,8 @@ def describe(spec: StudentSpec) -> str:
     count = "1 step" if spec.steps == 1 else f"{spec.steps} steps"
     teacher = f", from {spec.teacher_name}" if spec.teacher_name else ""
     inpaint = ", for inpainting" if spec.inpaint else ""
-    return f"{count}, {dial}, {spec.method}, {spec.sampler}{inpaint}{teacher}"
+    what = "an encoder of pictures into noise" if spec.direction == "encode" else spec.sampler
+    return f"{count}, {dial}, {spec.method}, {what}{inpaint}{teacher}"
 
 
 def schedule_of(sigmas: Tensor) -> NoiseSchedule:
@@ -158,6 +159,7 @@ def schedule_of(sigmas: Tensor) -> NoiseSchedule:
 def trained_sigmas(spec: StudentSpec, schedule: NoiseSchedule, steps: int = 0) -> Tensor:
     """(N + 1,) float64: the trained grid and 0; other ``steps`` than 0 and N only for consistency
     students."""
+    _require_decoder(spec)
     timesteps = spec.timesteps
     if steps not in (0, spec.steps):
         if spec.sampler != "consistency":
@@ -179,6 +181,13 @@ def sigmas_from(spec: StudentSpec, schedule: NoiseSchedule, strength: float, ste
     return walk(timesteps, schedule, start_sigma=sigma, any_start=spec.any_start)
 
 
+def _require_decoder(spec: StudentSpec) -> None:
+    if spec.direction == "encode":
+        raise BadInput(
+            "this student is an encoder, it turns pictures into noise; load the decoder that belongs to it"
+        )
+
+
 @dataclass(frozen=True)
 class Walk:
     """``sigmas``: descending float64, evaluations at all but the last; ``note``: what was snapped, or ""."""
@@ -194,6 +203,7 @@ def plan_walk(spec: StudentSpec, schedule: NoiseSchedule, given: Tensor, *, seed
     between; a consistency student, which knows no grid, takes those too.
     """
     start, end = float(given[0]), float(given[-1])
+    _require_decoder(spec)
     if spec.sampler == "consistency":
         sigmas = given.detach().cpu().double()
     else:

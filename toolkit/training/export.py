@@ -448,7 +448,14 @@ def _same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
 
 def _sampling_notes(spec: StudentSpec) -> tuple[str, ...]:
     timesteps = ", ".join(str(timestep) for timestep in spec.timesteps)
-    return (f"it is trained for {spec.steps} evaluations, at the timesteps {timesteps}",)
+    own = {
+        "deterministic": "Euler steps",
+        "stochastic": "a sampler of its own, fewstep, which no stock host has",
+        "consistency": "hosts' LCM sampler",
+    }
+    return (
+        f"it is trained for {spec.steps} evaluations, at the timesteps {timesteps}, by {own[spec.sampler]}",
+    )
 
 
 def _prediction_notes(student: Checkpoint) -> tuple[str, ...]:
