@@ -14,7 +14,7 @@ and w is an input. ``ends`` says where s is:
 
 Convention: no average of the student as target (as in LCM's and PCM's LoRA training), no c_skip: at clean the
 jump has length 0. ``consistency_loss`` "lcm" is LCM's pseudo-Huber distance of x0 in place of the SNR weight,
-to measure against: it neglects low noise, and students of it got worse with more steps.
+to measure against: it neglects low noise, and its students gained less from more steps (docs/methods.md).
 """
 
 from __future__ import annotations
