@@ -45,12 +45,10 @@ class Guest:
     def of(cls, file: LoraFile, low: float, high: float, *, checkpoint: Checkpoint) -> Guest:
         """BadInput for a LoRA of something else, or of a kind whose effect cannot be added to outputs."""
         found = {module: u for (part, module), u in match_lora(file, checkpoint).items() if part == "unet"}
-        whole = next((m for m, u in found.items() if u.diff is not None and u.diff.ndim == 1), None)
-        if whole is not None or any(update.magnitude is not None for update in found.values()):
-            kind = "a DoRA" if whole is None else f"a difference of the normalisation {whole}"
+        if whole := next((m for m, u in found.items() if u.diff is not None and u.diff.ndim == 1), None):
             raise BadInput(
-                f"--with-lora {file.path}: this is {kind}, which cannot be applied unmerged; leave it "
-                "out, or merge it with --lora"
+                f"--with-lora {file.path}: this is a difference of the normalisation {whole}, which cannot "
+                "be applied unmerged; leave it out, or merge it with --lora"
             )
         if not found:
             raise BadInput(f"--with-lora {file.path}: this LoRA changes nothing in the UNet; leave it out")
@@ -126,8 +124,9 @@ def effect(update: Update, x: Tensor, module: Any) -> Tensor:
 
     bias = None if update.bias is None else here(update.bias)
     is_linear = module.weight.ndim == 2
-    if update.diff is not None:
-        weight = here(update.diff).reshape(module.weight.shape)
+    if update.diff is not None or update.magnitude is not None:
+        # A DoRA's change depends on the weight that it comes to, as in a host; no gradient follows that.
+        weight = here(update.delta(module.weight.detach().float()))
         return F.linear(x, weight, bias) if is_linear else _convolved(x, weight, module, bias)
     if update.down is None or update.up is None:
         whole = torch.zeros((), device=x.device, dtype=x.dtype) if bias is None else bias
