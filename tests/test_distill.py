@@ -27,7 +27,7 @@ from toolkit.training import loop, plan
 from toolkit.training.checkpoint import open_checkpoint
 from toolkit.training.guests import Guests
 from toolkit.training.prompts import with_triggers
-from toolkit.training.samples import draw_batch, load_picture
+from toolkit.training.samples import draw_batch
 
 ROOT = Path(__file__).parents[1]
 
@@ -155,22 +155,32 @@ def test_samples_of_another_vae_are_not_taken_for_these(arguments, call, tmp_pat
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_a_folder_of_pictures_can_be_the_data_and_damaged_ones_are_named(arguments, call, tmp_path, caplog):
+def test_a_folder_of_pictures_can_be_the_data_and_what_is_wrong_with_it_is_said(
+    arguments, call, tmp_path, caplog, capsys
+):
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for number in range(3):
-        Image.new("RGB", (40 + number, 50), (80 * number, 90, 200)).save(folder / f"{number}.png")
+    for number in range(4):
+        Image.effect_noise((40 + number, 50), 90).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_bytes(f"picture {number}".encode("utf-16"))
     (folder / "1.png").write_bytes(b"no picture")
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:1000])
     Image.new("RGB", (8, 8)).save(folder / "lonely.png")
-    with caplog.at_level("WARNING"):
-        call([*arguments, "--data", str(folder)])
-    assert (
-        "1.png: not a picture" in caplog.text and "1 damaged pictures were skipped, 2 are used" in caplog.text
-    )
-    assert "1 pictures without a .txt caption" in caplog.text
+    arguments += ["--data", str(folder), "--flip", "--json"]
+    with caplog.at_level("INFO"):
+        call(arguments)
+    assert "1.png: not a picture" in caplog.text and "2.png: not a picture" in caplog.text
+    assert "1 pictures without a caption are left out, lonely.png first" in caplog.text
+    said = "2 pictures; 2 damaged ones were skipped"
+    assert json.loads(capsys.readouterr().out)["data"] == said
+    assert f"data: {said}" in caplog.messages[-1]
+    assert said in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     (shard,) = (tmp_path / "cache").rglob("00000.safetensors")
-    assert load_tensors(shard)["text"].tolist() == [1, 3]
+    assert load_tensors(shard)["text"].tolist() == [1, 1, 3, 3]
+    call([*arguments, "--resume"])
+    (folder / "3.txt").write_text("another caption", encoding="utf-8")
+    with pytest.raises(BadInput, match="the data or the prompts have changed since this run began"):
+        call([*arguments, "--resume"])
 
 
 def test_a_config_file_says_the_same_as_flags_and_flags_win(arguments, call, tmp_path):
@@ -212,6 +222,10 @@ def test_a_config_file_says_the_same_as_flags_and_flags_win(arguments, call, tmp
         (["--tokenizer", "nowhere"], "nowhere"),
         (["--prompts", "nowhere.txt"], "nowhere.txt: cannot be read"),
         (["--data", "nowhere"], "no such folder"),
+        (["--data", str(ROOT / "web")], "no picture that can be used"),
+        (["--flip"], "--flip mirrors the pictures of --data"),
+        (["--prompts", __file__, "--prompt-style", "tags"], "leave one out"),
+        (["--caption-dropout", "1.5"], "--caption-dropout 1.5: expected 0 to 1"),
         (["--lr", "0"], "--lr 0.0: expected a number above 0"),
         (["--resume"], "holds no run to go on with"),
         (["--finest", "0"], "must be at least 1"),
@@ -387,13 +401,3 @@ def test_a_lora_beside_the_run_changes_the_student_and_is_measured(
     assert spec is not None and spec.loras == ()
     assert style.read_bytes() == before
     assert asked == {(False, 0.5), (True, 0.0)}, "kept trajectories are those without the LoRA"
-
-
-def test_a_picture_is_scaled_to_cover_before_it_is_cut(tmp_path):
-    wide = Image.new("RGB", (200, 80), "blue")
-    wide.paste("red", (50, 0, 150, 80))
-    wide.save(tmp_path / "wide.png")
-    cut = load_picture(tmp_path / "wide.png", 32, 32)
-    assert cut.shape == (3, 32, 32) and float(cut[0].min()) > 0.99 and float(cut[2].max()) < 0.01
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "small.png")
-    assert float(load_picture(tmp_path / "small.png", 32, 32)[0].min()) > 0.99

@@ -36,6 +36,7 @@ from toolkit.training.layout import (
 )
 from toolkit.training.networks import encode_prompts, load_encoders
 from toolkit.training.recognise import recognise
+from toolkit.training.samples import draw_batch
 from toolkit.training.vocabulary import save_tokenizer
 
 PROMPTS = ["a red fox", "", "a very long prompt that goes on and on " * 4]
@@ -505,26 +506,37 @@ COMMAND = [
 ]
 
 
-def test_the_sizes_that_sdxl_is_told_are_the_pictures(folder: Path, tmp_path: Path, call: Any) -> None:
+def test_the_sizes_that_sdxl_is_told_are_the_pictures_own_and_batches_hold_one_size(
+    folder: Path, tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from PIL import Image
+
+    from toolkit.training import loop
 
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    Image.new("RGB", (80, 40), "red").save(pictures / "a.png")
-    (pictures / "a.txt").write_text("red", encoding="utf-8")
-    arguments = [
-        "--ckpt",
-        folder / "sdxl.safetensors",
-        *COMMAND,
-        "--report-prompts",
-        "0",
-        "--resolution",
-        "32x32",
-    ]
-    cache = tmp_path / "cache"
-    call(distill, *arguments, "--out", tmp_path / "a", "--cache-dir", cache / "a", "--data", pictures)
-    [shard] = cache.glob("a/images-*/00000.safetensors")
-    assert load_tensors(shard)["time_ids"].tolist() == [[40, 80, 0, 16, 32, 32]]
-    call(distill, *arguments, "--out", tmp_path / "b", "--cache-dir", cache / "b")
-    [shard] = cache.glob("b/teacher-*/00000.safetensors")
-    assert load_tensors(shard)["time_ids"].unique(dim=0).tolist() == [[32, 32, 0, 0, 32, 32]]
+    for name, size in (("a", (80, 40)), ("b", (200, 300)), ("c", (100, 100))):
+        Image.effect_noise(size, 90).save(pictures / f"{name}.png")
+        (pictures / f"{name}.txt").write_text(f"a fox {name}", encoding="utf-8")
+    seen: list[tuple[list[int], set[tuple[float, ...]]]] = []
+
+    def spied(*rest: Any, **more: Any) -> Any:
+        batch = draw_batch(*rest, **more)
+        seen.append((list(batch.x0.shape[2:]), {tuple(row) for row in batch.cond["time_ids"].tolist()}))
+        return batch
+
+    monkeypatch.setattr(loop, "draw_batch", spied)
+    call(
+        distill,
+        *("--ckpt", folder / "sdxl.safetensors", *COMMAND, "--report-prompts", "0", "--origin", "pair"),
+        *("--data", pictures, "--resolution", "96"),
+        *("--batch-size", "6", "--micro-batch", "1", "--updates", "1"),
+        *("--out", tmp_path / "run", "--cache-dir", tmp_path / "cache"),
+    )
+    told = {
+        (32, 64): (40.0, 80.0, 0.0, 0.0, 64.0, 128.0),
+        (64, 32): (300.0, 200.0, 0.0, 10.0, 128.0, 64.0),
+        (48, 48): (100.0, 100.0, 0.0, 0.0, 96.0, 96.0),
+    }
+    assert all(ids == {told[tuple(shape)]} for shape, ids in seen)
+    assert {tuple(shape) for shape, _ in seen} == set(told)

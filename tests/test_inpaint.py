@@ -34,7 +34,7 @@ from toolkit.training.checkpoint import Checkpoint, open_checkpoint
 from toolkit.training.export import export_baked, export_checkpoint, export_diffusers
 from toolkit.training.masks import FULL, Pictures, at_latent_size, draw_masks, inpaint_cond
 from toolkit.training.networks import decode_latents, denoiser, encode_images, random_cond
-from toolkit.training.samples import TeacherSampleRequest, make_teacher_samples
+from toolkit.training.teacher_samples import TeacherSampleRequest, make_teacher_samples
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 
@@ -300,8 +300,8 @@ def test_exports_of_an_inpainting_student_stay_inpainting_students(folder, tmp_p
 
 def request(checkpoint: Checkpoint, **changes) -> TeacherSampleRequest:
     made = TeacherSampleRequest(
-        teacher_sha256=checkpoint.sha256, prompts=("a", "b", "c"), negative="", guidance=(1, 6),
-        shape=(4, 8, 8), count=12, seed=1, precision="fp32", steps=4, masked=True,
+        teacher=checkpoint.sha256, prompts=("a", "b", "c"), negative="", guidance=(1, 6),
+        sizes=((16, 16),), channels=4, downscale=2, count=12, seed=1, precision="fp32", steps=4, masked=True,
     )  # fmt: skip
     return replace(made, **changes)
 

@@ -32,12 +32,11 @@ from toolkit.training.loop import (
     LoopSettings,
     Progress,
     cut_back,
-    data_order,
     lr_factor,
     train,
 )
 from toolkit.training.networks import UNetNetwork
-from toolkit.training.samples import GuidanceRange, Samples
+from toolkit.training.samples import GuidanceRange, Order, Samples
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 CPU = torch.device("cpu")
@@ -391,7 +390,9 @@ def test_without_an_average_the_trained_weights_are_the_student_also_when_resume
 
 
 def test_every_epoch_is_a_permutation_of_its_own():
-    order = torch.cat([data_order(10, 4, update, seed=1) for update in range(5)])
+    updates = Order([torch.arange(10)], batch=4, micro_batch=3, updates=5, seed=1)
+    assert [len(part) for part in updates(2)] == [3, 1]
+    order = torch.cat([part for update in range(5) for part in updates(update)])
     assert sorted(order[:10].tolist()) == sorted(order[10:].tolist()) == list(range(10))
     assert order[:10].tolist() != order[10:].tolist()
 

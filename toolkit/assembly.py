@@ -7,9 +7,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,10 @@ from .opening import is_demo, open_for_people
 from .runtime.files import atomic_path
 from .training.adapters import CHECKPOINT_GRADIENTS_ABOVE, LoraShape, OneNetwork, recomputing
 from .training.checkpoint import Checkpoint, save_student
-from .training.families import Override, size_ids
+from .training.data import scan
+from .training.families import Override
 from .training.guests import Guest, Guests, parse_range
+from .training.image_samples import MASKS_EACH, ImageSampleRequest, make_image_samples
 from .training.loop import Job, LoopSettings, train
 from .training.lora import LoraFile, merge_loras, parse_lora, read_lora
 from .training.masks import SHARES, Pictures
@@ -61,18 +64,8 @@ from .training.networks import (
     random_cond,
 )
 from .training.plan import Plan, make_plan, measure
-from .training.prompts import built_in_prompts, read_prompts, with_triggers
-from .training.samples import (
-    MASKS_EACH,
-    GuidanceRange,
-    ImageFolderRequest,
-    Samples,
-    TeacherSampleRequest,
-    make_image_samples,
-    make_teacher_samples,
-    scan_image_folder,
-    trajectory_steps,
-)
+from .training.prompts import STYLES, built_in_prompts, read_prompts, style_of, with_triggers
+from .training.samples import GuidanceRange, Samples, content_key
 from .training.settings import (
     LARGE,
     LORA_LARGE,
@@ -84,7 +77,9 @@ from .training.settings import (
     phase_updates,
     resolve,
 )
+from .training.sizes import CELL, Size, bucket_sizes, usual_sizes
 from .training.student_lora import lora_path, save_lora_student
+from .training.teacher_samples import TeacherSampleRequest, make_teacher_samples, trajectory_steps
 
 log = logging.getLogger("fewstep")
 
@@ -159,6 +154,22 @@ class Teacher:
         return lines
 
     @property
+    def resolution(self) -> str:
+        """Its own, as ``--resolution`` says it."""
+        width, height = self.checkpoint.resolution
+        return str(width) if width == height else f"{width}x{height}"
+
+    def sizes(self, resolution: str, *, data: bool) -> tuple[Size, ...]:
+        """Of the pictures that it is distilled with, from ``--data`` or its own."""
+        size = parse_resolution(resolution)
+        if "x" in resolution.lower():
+            return (size,)
+        cell = math.lcm(CELL, self.cell)
+        if data:
+            return bucket_sizes(size[0], cell=cell)
+        return usual_sizes(self.checkpoint.of, size[0], cell=cell)
+
+    @property
     def cell(self) -> int:
         """Pixels that a picture's sides must be multiples of."""
         levels = len(self.checkpoint.config("unet")["block_out_channels"])
@@ -191,7 +202,9 @@ def settle(
         values["rank"], reasons["rank"] = chosen.rank, chosen.reasons["rank"]
     slow = not small and device.startswith("cpu")
     default("report_prompts", 0 if slow else 6, "the device and the network's size")
-    default("resolution", "{}x{}".format(*teacher.checkpoint.resolution), "the teacher's own")
+    default("resolution", teacher.resolution, "the teacher's own")
+    if not (demo or values.get("prompts")):
+        default("prompt_style", *_style(teacher.checkpoint))
     name = "demo" if demo and not values.get("ckpt") else teacher.checkpoint.name
     default(
         "out",
@@ -203,6 +216,8 @@ def settle(
         "ckpt",
         "data",
         "prompts",
+        "prompt_style",
+        "caption_dropout",
         "tokenizer",
         "text_encoder",
         "text_encoder_2",
@@ -255,9 +270,8 @@ def _choose_route(
     checkpoint = teacher.checkpoint
     small = checkpoint.unet_parameters < SMALL_PARAMETERS
     usual: dict[str, Any] = {**(SMALL if small else LARGE).values, **asked}
-    width, height = (
-        parse_resolution(usual["resolution"]) if usual.get("resolution") else checkpoint.resolution
-    )
+    sizes = teacher.sizes(usual.get("resolution") or teacher.resolution, data=bool(usual.get("data")))
+    width, height = max(sizes, key=math.prod)
     needs = Needs(
         checkpoint,
         width,
@@ -276,6 +290,14 @@ def _choose_route(
         precisions=[precision, "bf16"] if precision == "fp32" and not asked.get("precision") else [precision],
         ema=usual["ema"],
     )
+
+
+def _style(checkpoint: Checkpoint) -> tuple[str, str]:
+    """Which built-in prompts the teacher understands best, and why it is thought so."""
+    if checkpoint.family == "sdxl" and checkpoint.prediction_type == "v_prediction":
+        return "tags", "SDXL that predicts v is of NoobAI's kind"
+    style = style_of(checkpoint.name)
+    return style, "the checkpoint's name" if style == "tags" else "the house"
 
 
 def usable(device: str) -> torch.device:
@@ -309,14 +331,22 @@ def _check(settings: Settings, teacher: Teacher) -> None:
         raise BadInput(f"--steps {settings.steps}: expected 1 to 128")
     if any(side % teacher.cell for side in settings.size):
         raise BadInput(f"--resolution {settings.resolution}: this teacher needs multiples of {teacher.cell}")
+    if settings.flip and not settings.data:
+        raise BadInput("--flip mirrors the pictures of --data; give a folder too, or leave it out")
+    if settings.prompt_style is not None and settings.prompts:
+        raise BadInput(
+            "--prompt-style is of the built-in prompts, and --prompts brings others; leave one out"
+        )
+    if settings.prompt_style not in (None, *STYLES):
+        raise BadInput(f"--prompt-style {settings.prompt_style}: expected {' or '.join(STYLES)}")
     for name in ("pictures", "batch_size", "micro_batch"):
         if getattr(settings, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected at least 1")
     for name in ("lr", "clip"):
         if not getattr(settings, name) > 0:
             raise BadInput(f"--{name} {getattr(settings, name)}: expected a number above 0")
-    for name in ("ema", "trajectory_share"):
-        if not 0 <= getattr(settings, name) <= 1:
+    for name in ("ema", "trajectory_share", "caption_dropout"):
+        if not 0 <= (getattr(settings, name) or 0) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 0 to 1")
     usable(settings.device)
 
@@ -347,70 +377,83 @@ def _loop_settings(settings: Settings) -> LoopSettings:
         guidance=GuidanceRange(*settings.guidance),
         trajectory_share=settings.trajectory_share,
         lora=None if settings.rank is None else LoraShape(settings.rank),
+        caption_dropout=settings.caption_dropout,
     )
 
 
-def _latent_shape(settings: Settings, teacher: Teacher) -> tuple[int, int, int]:
-    width, height = settings.size
-    return (
-        teacher.checkpoint.latent_channels,
-        height // teacher.checkpoint.downscale,
-        width // teacher.checkpoint.downscale,
-    )
-
-
-def _seen_shape(settings: Settings, teacher: Teacher) -> tuple[int, int, int]:
+def _seen_shape(size: Size, checkpoint: Checkpoint) -> tuple[int, int, int]:
     """Of the network's input: an inpainting one's has a mask and a masked latent too."""
-    channels, height, width = _latent_shape(settings, teacher)
-    return 2 * channels + 1 if teacher.checkpoint.inpaint else channels, height, width
+    channels, (width, height) = checkpoint.latent_channels, size
+    seen = 2 * channels + 1 if checkpoint.inpaint else channels
+    return seen, height // checkpoint.downscale, width // checkpoint.downscale
 
 
-def _request(
-    settings: Settings, phases: Sequence[Phase], teacher: Teacher
-) -> TeacherSampleRequest | ImageFolderRequest:
-    """What data this run needs, by content."""
+DataRequest = TeacherSampleRequest | ImageSampleRequest
+
+
+def data_request(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> DataRequest:
+    """What data this run needs, by content; ``--data`` is read for it."""
     checkpoint = teacher.checkpoint
-    source = checkpoint.sha256
-    if settings.text_encoder or settings.text_encoder_2 or settings.vae:
-        source += checkpoint.carried_sha256()
-    if settings.override:
-        source += settings.override
-    width, height = settings.size
-    finest = max((phase.grid for phase in phases), key=len)
-    kept = finest.refined(trajectory_steps(len(finest)) // len(finest), len(checkpoint.schedule))
-    source += "".join(f" {lora.sha256}:{lora.strength!r}" for lora in checkpoint.loras)
+    sizes = teacher.sizes(settings.resolution, data=settings.data is not None)
     if settings.data:
-        pictures = scan_image_folder(Path(settings.data))
-        return ImageFolderRequest(
-            source,
-            pictures,
-            settings.negative,
-            width,
-            height,
-            sizes=checkpoint.of.sizes,
+        return ImageSampleRequest(
+            teacher=_content(settings, checkpoint),
+            scan=scan(Path(settings.data)),
+            negative=settings.negative,
+            sizes=sizes,
+            channels=checkpoint.latent_channels,
+            downscale=checkpoint.downscale,
+            flip=settings.flip,
+            told=checkpoint.of.sizes,
             masks=MASKS_EACH if checkpoint.inpaint else 0,
         )
+    finest = max((phase.grid for phase in phases), key=len)
+    kept = finest.refined(trajectory_steps(len(finest)) // len(finest), len(checkpoint.schedule))
     return TeacherSampleRequest(
-        teacher_sha256=source,
+        teacher=_content(settings, checkpoint),
         prompts=tuple(_prompts(settings, teacher, settings.pictures, seed=settings.seed)),
         negative=settings.negative,
         guidance=settings.guidance,
-        shape=_latent_shape(settings, teacher),
+        sizes=sizes,
+        channels=checkpoint.latent_channels,
+        downscale=checkpoint.downscale,
         count=settings.pictures,
         seed=settings.seed,
         precision=settings.precision,
         steps=len(kept),
         timesteps=() if kept == Grid.trailing(len(kept), len(checkpoint.schedule)) else kept.timesteps,
-        sizes=size_ids(width, height) if checkpoint.of.sizes else (),
+        told=checkpoint.of.sizes,
         masked=checkpoint.inpaint,
     )
 
 
+def _content(settings: Settings, checkpoint: Checkpoint) -> str:
+    """A hash of all of a teacher that its samples depend on."""
+    parts: dict[str, Any] = {
+        "sha256": checkpoint.sha256,
+        "family": checkpoint.family,
+        "prediction_type": checkpoint.prediction_type,
+        "ztsnr": checkpoint.ztsnr,
+        "loras": [(lora.sha256, lora.strength) for lora in checkpoint.loras],
+        "words": [checkpoint.tokenizer(of.part).get_vocab() for of in checkpoint.of.text_encoders],
+    }
+    # A folder's hash is of its UNet alone.
+    if settings.text_encoder or settings.text_encoder_2 or settings.vae or checkpoint.path.is_dir():
+        parts["carried"] = checkpoint.carried_sha256()
+    return content_key(parts)
+
+
 def plan_run(
-    settings: Settings, phases: Sequence[Phase], teacher: Teacher, *, free: int | None = None
+    settings: Settings,
+    phases: Sequence[Phase],
+    teacher: Teacher,
+    request: DataRequest,
+    *,
+    free: int | None = None,
 ) -> Plan:
-    """Measure the network briefly and add up what the run will cost; ``free`` as for :func:`settle`."""
-    request = _request(settings, phases, teacher)
+    """Measure the network briefly, at the largest of the sizes, and add up what the run will cost;
+    ``free`` as for :func:`settle`.
+    """
     _require_parts(teacher.checkpoint)
     device = torch.device(settings.device)
     free = free_memory(device) if free is None else free
@@ -419,7 +462,7 @@ def plan_run(
     costs = measure(
         student,
         trained=trained,
-        latent=_seen_shape(settings, teacher),
+        latent=_seen_shape(max(request.sizes, key=math.prod), teacher.checkpoint),
         cond=random_cond(teacher.checkpoint, batch, generator=torch.Generator().manual_seed(0)),
         w=torch.zeros(batch) if phases[0].dial else None,
         batch=batch,
@@ -435,7 +478,7 @@ def plan_run(
         costs,
         on_trajectory=isinstance(request, TeacherSampleRequest),
         sample_evaluations=request.evaluations if not folder.exists() else 0,
-        sample_bytes=request.bytes(_latent_shape(settings, teacher)),
+        sample_bytes=request.bytes,
         student_bytes=(teacher.checkpoint.unet_parameters + (costs.trained if settings.rank else 0))
         * DTYPES[settings.dtype].itemsize
         + sum(t.nbytes for t in teacher.checkpoint.carried().values()),
@@ -513,20 +556,17 @@ def _require_parts(checkpoint: Checkpoint) -> None:
     checkpoint.vae()
 
 
-def _make_samples(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> Samples:
+def _make_samples(settings: Settings, teacher: Teacher, request: DataRequest) -> Samples:
     """The run's data, from the cache where it is there already; text encoders and UNet are not loaded at
     once, and only if they are needed."""
     checkpoint, device = teacher.checkpoint, torch.device(settings.device)
-    request = _request(settings, phases, teacher)
     folder = request.folder(Path(settings.cache_dir))
+    _require_same(Path(settings.out), folder.name)
 
     def encode(texts: Sequence[str]) -> Cond:
         return encode_prompts(texts, load_encoders(checkpoint, device=device))
 
-    def progress(shards: Iterable[int]) -> Iterable[int]:
-        return tqdm(shards, desc="pictures", unit="shard", dynamic_ncols=True)
-
-    if isinstance(request, ImageFolderRequest):
+    if isinstance(request, ImageSampleRequest):
         vae = place(checkpoint.vae(), device).eval()
         return make_image_samples(
             request,
@@ -534,7 +574,7 @@ def _make_samples(settings: Settings, phases: Sequence[Phase], teacher: Teacher)
             source=Path(settings.data or ""),
             encode_images=lambda images: encode_images(images, vae),
             encode=encode,
-            progress=progress,
+            progress=lambda pictures: tqdm(pictures, desc="pictures", unit="", dynamic_ncols=True),
         )
 
     def load() -> Network:
@@ -557,9 +597,22 @@ def _make_samples(settings: Settings, phases: Sequence[Phase], teacher: Teacher)
         schedule=checkpoint.schedule,
         device=device,
         batch=settings.micro_batch,
-        progress=progress,
+        progress=lambda shards: tqdm(shards, desc="pictures", unit="shard", dynamic_ncols=True),
         pictures=pictures,
     )
+
+
+def _require_same(out: Path, name: str) -> None:
+    """BadInput if a run that was begun would go on with other samples."""
+    path = out / "state" / "samples.txt"
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            temporary.write_text(name, encoding="utf-8")
+    if path.read_text(encoding="utf-8") != name:
+        raise BadInput(
+            f"{out}: the data or the prompts have changed since this run began, so it cannot go on exactly; "
+            "put them back as they were, or start a new run in another --out"
+        )
 
 
 def _spec(settings: Settings, checkpoint: Checkpoint, phase: Phase) -> StudentSpec:
@@ -587,10 +640,13 @@ def _spec(settings: Settings, checkpoint: Checkpoint, phase: Phase) -> StudentSp
     )
 
 
-def run_all(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> dict[str, Any]:
+def run_all(
+    settings: Settings, phases: Sequence[Phase], teacher: Teacher, request: DataRequest
+) -> dict[str, Any]:
     """Data, training, students, report; each goes on where it was left."""
     out, checkpoint = Path(settings.out), teacher.checkpoint
-    samples = _make_samples(settings, phases, teacher)
+    samples = _make_samples(settings, teacher, request)
+    data = request.outcome(samples)
 
     def finished(phase: Phase, state: dict[str, Tensor]) -> None:
         spec = _spec(settings, checkpoint, phase)
@@ -618,9 +674,10 @@ def run_all(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> di
         guests=teacher.guests,
     )
     train(job, _loop_settings(settings), device=torch.device(settings.device))
-    verdict = _report(settings, phases, teacher)
-    log.info("student: %s\nreport: %s\n%s", out / "student.safetensors", out / "report.html", verdict or "")
-    return {"out": str(out), "student": str(out / "student.safetensors"), "verdict": verdict}
+    verdict = _report(settings, phases, teacher, data)
+    student = out / "student.safetensors"
+    log.info("data: %s\nstudent: %s\nreport: %s\n%s", data, student, out / "report.html", verdict or "")
+    return {"out": str(out), "student": str(student), "verdict": verdict, "data": data}
 
 
 def _looker(settings: Settings, teacher: Teacher) -> Callable[[str, NetworkDenoiser, Phase], None]:
@@ -656,12 +713,19 @@ def _looker(settings: Settings, teacher: Teacher) -> Callable[[str, NetworkDenoi
 def _prompts(settings: Settings, teacher: Teacher, count: int, *, seed: int) -> list[str]:
     if settings.prompts:
         return read_prompts(Path(settings.prompts))[:count]
-    made = (demo_prompts if settings.demo else built_in_prompts)(count, seed=seed)
+    if settings.demo:
+        made = demo_prompts(count, seed=seed)
+    else:
+        made = built_in_prompts(
+            count, seed=seed, style="tags" if settings.prompt_style == "tags" else "sentences"
+        )
     return with_triggers(made, teacher.triggers)
 
 
-def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> str | None:
-    """Write report.html and answer with its verdict; without pictures where each would take too long."""
+def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher, data: str) -> str | None:
+    """Write report.html and answer with its verdict; without pictures where each would take too long.
+    ``data``: what was learned from.
+    """
     out = Path(settings.out)
     shown = Showcase((), (), None)
     if settings.report_prompts:
@@ -678,9 +742,7 @@ def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> st
         "trained": "every weight"
         if settings.rank is None
         else f"a LoRA of rank {settings.rank}, and the guidance input",
-        "data": "a folder of pictures"
-        if settings.data
-        else f"{settings.pictures} pictures of the teacher's own",
+        "data": data,
         **({"masks": SHARES} if teacher.checkpoint.inpaint else {}),
         "training": f"batch {settings.batch_size}, lr {settings.lr:g}, updates {settings.updates}",
         "seed": str(settings.seed),

@@ -17,7 +17,7 @@ import signal
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .assembly import Teacher, phases_of, plan_run, run_all, settle
+from .assembly import Teacher, data_request, phases_of, plan_run, run_all, settle
 from .command import print_json, run
 from .diffusion.errors import BadInput
 from .methods import find_methods, options_of
@@ -26,6 +26,7 @@ from .runtime.files import atomic_path
 from .training.memory import GIB
 from .training.networks import DTYPES
 from .training.plan import Plan, require_disk
+from .training.prompts import STYLES
 from .training.settings import Settings, read_config, to_toml
 
 log = logging.getLogger("fewstep")
@@ -42,14 +43,16 @@ def main() -> None:
     free = None if options.vram is None else round(options.vram * GIB)
     settings, reasons = settle(given, config, teacher, free=free)
     phases = phases_of(settings, teacher.checkpoint)
+    request = data_request(settings, phases, teacher)
     out = Path(settings.out)
     if options.resume and not options.dry_run:
         log.info("going on with %s", out)
     else:
         if not options.dry_run and (out / "config.toml").exists():
             raise BadInput(f"{out} holds a run already; go on with it by --resume, or choose another --out")
-        plan = plan_run(settings, phases, teacher, free=free)
+        plan = plan_run(settings, phases, teacher, request, free=free)
         _print_plan(plan, settings, reasons)
+        log.info("%s", request.summary())
         for line in teacher.lora_lines():
             log.info("%s", line)
         require_disk(plan, out=out, cache=Path(settings.cache_dir))
@@ -60,6 +63,7 @@ def main() -> None:
                         "plan": plan.to_json(),
                         "settings": dataclasses.asdict(settings),
                         "reasons": reasons,
+                        "data": request.summary(),
                         "loras": [
                             {**dataclasses.asdict(applied), **lora.describe()}
                             for lora, applied in zip(teacher.loras, teacher.checkpoint.loras, strict=True)
@@ -70,7 +74,7 @@ def main() -> None:
         _make_cache(Path(settings.cache_dir))
         with atomic_path(out / "config.toml") as temporary:
             temporary.write_text(to_toml(settings), encoding="utf-8")
-    answer = run_all(settings, phases, teacher)
+    answer = run_all(settings, phases, teacher, request)
     if options.json:
         print_json(answer)
 
@@ -152,15 +156,26 @@ def _parse() -> argparse.Namespace:
     add(
         "--data",
         metavar="DIR",
-        help="pictures with same-named .txt captions (default: the teacher's own pictures)",
+        help="pictures with captions (.txt of the same name, or metadata.jsonl), or .tar shards of them "
+        "(default: the teacher's own pictures)",
     )
+    add("--flip", action="store_true", default=None, help="learn from the mirror images of --data too")
     add(
         "--prompts",
         metavar="FILE",
         help="one prompt a line, for the teacher's own pictures (default: built in)",
     )
+    add(
+        "--prompt-style",
+        choices=STYLES,
+        help="of the built-in prompts (default: tags if the checkpoint's name tells that it is an anime one)",
+    )
     add("--pictures", type=int, metavar="N", help="how many pictures the teacher makes")
-    add("--resolution", metavar="N|WxH", help="pixels (default: the teacher's)")
+    add(
+        "--resolution",
+        metavar="N|WxH",
+        help="pixels: N for several sizes of about N x N, WxH for this one alone (default: the teacher's)",
+    )
     add("--batch-size", type=int, metavar="N", help="pictures an update")
     add("--micro-batch", type=int, metavar="N", help="pictures at once in memory")
     add(
@@ -179,6 +194,12 @@ def _parse() -> argparse.Namespace:
         type=float,
         metavar="F",
         help="share that starts from the teacher's own trajectories",
+    )
+    add(
+        "--caption-dropout",
+        type=float,
+        metavar="F",
+        help="share that is shown without its caption (default: as the method wants it)",
     )
     add("--seed", type=int)
     add(

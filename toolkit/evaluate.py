@@ -39,10 +39,10 @@ from .evaluation.showcase import side_by_side, verdict
 from .opening import add_parts, choose_device, choose_dtype, is_demo, open_for_people, parts_of
 from .runtime.files import atomic_path
 from .training.checkpoint import Checkpoint
+from .training.images import SUFFIXES, load_picture
 from .training.lora import with_loras
 from .training.networks import DTYPES
 from .training.prompts import built_in_prompts, read_prompts
-from .training.samples import PICTURES, load_picture
 
 log = logging.getLogger("fewstep")
 
@@ -239,7 +239,7 @@ def _real_pictures(folder: Path, size: tuple[int, int]) -> Tensor:
     if not folder.is_dir():
         raise BadInput(f"--real {folder}: there is no such folder; give one that holds pictures")
     height, width = size
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if len(paths) < SELDOM:
         raise BadInput(
             f"--real {folder}: {len(paths)} pictures were found; a distance needs {SELDOM} at least, and "

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTokenizer
@@ -29,10 +28,10 @@ from .evaluation.pictures import save_png, to_image
 from .opening import add_parts, choose_device, choose_dtype, open_for_people, parts_of
 from .runtime.samplers import start_timestep
 from .training.checkpoint import Checkpoint
+from .training.images import load_grey, load_picture, picture_size
 from .training.lora import with_loras
 from .training.masks import at_latent_size
 from .training.networks import DTYPES
-from .training.samples import load_grey, load_picture
 
 log = logging.getLogger("fewstep")
 
@@ -202,13 +201,7 @@ def _size(checkpoint: Checkpoint, asked: argparse.Namespace) -> tuple[int, int]:
     width, height = checkpoint.resolution
     cell = checkpoint.downscale
     if asked.init_image is not None:
-        try:
-            with Image.open(asked.init_image) as image:
-                width, height = (max(side // cell, 1) * cell for side in image.size)
-        except (OSError, UnidentifiedImageError, SyntaxError):
-            raise BadInput(
-                f"{asked.init_image.name}: not a picture that can be read; give a PNG, JPEG or WebP file"
-            ) from None
+        width, height = (max(side // cell, 1) * cell for side in picture_size(asked.init_image))
     size = (height if asked.height is None else asked.height), (width if asked.width is None else asked.width)
     check_size(size, cell)
     return size
@@ -216,8 +209,7 @@ def _size(checkpoint: Checkpoint, asked: argparse.Namespace) -> tuple[int, int]:
 
 def _fill(asked: argparse.Namespace) -> Fill:
     """The init image and the mask as they are; BadInput for a mask that does not fit or says nothing."""
-    with Image.open(asked.init_image) as image:
-        width, height = image.size
+    width, height = picture_size(asked.init_image)
     mask = load_grey(asked.mask)
     if mask.shape[1:] != (height, width):
         raise BadInput(

@@ -97,7 +97,8 @@ class Phase:
     sample and update (the pair counts two an evaluation of the guided denoiser), for samples on a trajectory
     too if ``asks_always``; ``own_evaluations`` those of the student beside the one that is trained. What the
     finished student's file says: ``sampler``, whether it starts anywhere (``any_start``) and whether it has a
-    guidance input (``dial``). An encoder's grid ascends.
+    guidance input (``dial``). An encoder's grid ascends. ``caption_dropout``: the share of samples that it
+    wants without their caption.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Phase:
     asks_always: bool = False
     own_evaluations: float = 0.0
     lr_scale: float = 1.0
+    caption_dropout: float = 0.0
     sampler: Sampler = "deterministic"
     any_start: bool = True
     dial: bool = True

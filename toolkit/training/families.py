@@ -43,7 +43,8 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Family:
-    """``heads`` of every attention, None for heads of 64 numbers each; sizes are (width, height) in pixels.
+    """``heads`` of every attention, None for heads of 64 numbers each; sizes are (width, height) in pixels,
+    ``portrait`` the one that people ask for beside ``resolution``.
 
     ``sizes``: the UNet is told the pooled text and the picture's sizes. ``vae_overflows`` in float16.
     """
@@ -54,6 +55,7 @@ class Family:
     heads: int | None
     scaling_factor: float
     resolution: tuple[int, int]
+    portrait: tuple[int, int]
     architecture: str
     sizes: bool = False
     vae_overflows: bool = False
@@ -89,8 +91,12 @@ _BIG_G = TextEncoder(
     pad="!",
 )
 
-SD1 = Family("sd1", "Stable Diffusion 1", (CLIP_L,), 8, 0.18215, (512, 512), "stable-diffusion-v1")
-SD2 = Family("sd2", "Stable Diffusion 2", (_VIT_H,), None, 0.18215, (512, 512), "stable-diffusion-v2")
+SD1 = Family(
+    "sd1", "Stable Diffusion 1", (CLIP_L,), 8, 0.18215, (512, 512), (512, 768), "stable-diffusion-v1"
+)
+SD2 = Family(
+    "sd2", "Stable Diffusion 2", (_VIT_H,), None, 0.18215, (512, 512), (512, 768), "stable-diffusion-v2"
+)
 SDXL = Family(
     "sdxl",
     "SDXL",
@@ -98,6 +104,7 @@ SDXL = Family(
     None,
     0.13025,
     (1024, 1024),
+    (832, 1216),
     "stable-diffusion-xl-v1-base",
     sizes=True,
     vae_overflows=True,

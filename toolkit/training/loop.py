@@ -36,7 +36,7 @@ from ..runtime.files import atomic_path
 from .adapters import COND_PROJ, Holder, LoraShape, OneNetwork, TwoNetworks
 from .guests import Guests
 from .networks import DTYPES
-from .samples import GuidanceRange, Samples, derived_seed, draw_batch
+from .samples import GuidanceRange, Order, Samples, derived_seed, draw_batch
 
 log = logging.getLogger("fewstep")
 
@@ -44,7 +44,7 @@ log = logging.getLogger("fewstep")
 @dataclass(frozen=True)
 class LoopSettings:
     """The resolved numbers of a run; ``updates`` one a phase, ``lora`` None to train every weight,
-    ``state_minutes`` and ``sample_minutes`` wall-clock.
+    ``caption_dropout`` None as each phase wants it, ``state_minutes`` and ``sample_minutes`` wall-clock.
     """
 
     updates: tuple[int, ...]
@@ -59,6 +59,7 @@ class LoopSettings:
     guidance: GuidanceRange
     trajectory_share: float
     lora: LoraShape | None = None
+    caption_dropout: float | None = None
     state_minutes: float = 5.0
     sample_minutes: float = 5.0
 
@@ -161,6 +162,13 @@ class PhaseTrainer:
         self.job, self.settings, self.index = job, settings, index
         self.phase, self.scaler, self.device = job.phases[index], scaler, device
         self.update = 0
+        self.order = Order(
+            job.samples.buckets,
+            batch=settings.batch_size,
+            micro_batch=settings.micro_batch,
+            updates=settings.updates[index],
+            seed=derived_seed(settings.seed, index, -1),
+        )
         self.state_path = job.out / "state" / "latest.pt"
         previous = load_state(job.out / "state" / f"phase-{index - 1}.pt")
         pair = holder.pair(previous, teacher=self.phase.teacher)
@@ -203,12 +211,6 @@ class PhaseTrainer:
         """One update of the whole batch in micro-batches; returns the mean loss and the learning rate."""
         settings = self.settings
         generator = torch.Generator().manual_seed(derived_seed(settings.seed, self.index, self.update))
-        indices = data_order(
-            len(self.job.samples),
-            settings.batch_size,
-            self.update,
-            seed=derived_seed(settings.seed, self.index, -1),
-        )
         lr = (
             settings.lr
             * self.phase.lr_scale
@@ -217,7 +219,7 @@ class PhaseTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         total = 0.0
-        for part in indices.split(settings.micro_batch):
+        for part in self.order(self.update):
             with self.job.guests.visit(generator) as visited:
                 # Kept trajectories are the teacher's without a guest.
                 batch = draw_batch(
@@ -225,6 +227,7 @@ class PhaseTrainer:
                     part,
                     guidance=settings.guidance,
                     trajectory_share=0.0 if visited else settings.trajectory_share,
+                    caption_dropout=self.caption_dropout,
                     generator=generator,
                     device=self.device,
                 )
@@ -252,6 +255,11 @@ class PhaseTrainer:
                 f"in fp16 the gradients of phase {self.phase.name} overflow in every update; start anew with "
                 "--precision bf16, or fp32"
             )
+
+    @property
+    def caption_dropout(self) -> float:
+        asked = self.settings.caption_dropout
+        return self.phase.caption_dropout if asked is None else asked
 
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -339,21 +347,6 @@ def freeze_fast_features(cond_proj: Parameter) -> None:
         return gradient * mask
 
     cond_proj.register_hook(hook)
-
-
-def data_order(samples: int, batch: int, update: int, *, seed: int) -> Tensor:
-    """(batch,) sample numbers of an update: every epoch is a permutation of its own, taken one after the
-    other.
-    """
-    positions = torch.arange(update * batch, (update + 1) * batch)
-    epochs = positions // samples
-    orders = {
-        int(epoch): torch.randperm(
-            samples, generator=torch.Generator().manual_seed(derived_seed(seed, int(epoch)))
-        )
-        for epoch in epochs.unique()
-    }
-    return torch.stack([orders[int(e)][int(p % samples)] for e, p in zip(epochs, positions, strict=True)])
 
 
 def lr_factor(update: int, updates: int, warmup: int) -> float:

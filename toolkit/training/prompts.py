@@ -1,9 +1,13 @@
-"""Prompts for runs without data: a person's own file, or sentences put together here."""
+"""Prompts for runs without data: a person's own file, or such as are put together here, in the style that the
+checkpoint was trained on: sentences, or the tags of anime checkpoints.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -77,15 +81,80 @@ _STYLES = (
     "a woodcut print of {}",
 )
 
+_PEOPLE = ("1girl, solo", "1boy, solo", "2girls", "1girl, 1boy", "1girl, solo", "multiple girls", "no humans")
+_TAGS = (
+    (
+        *("long hair", "short hair", "black hair", "blonde hair", "brown hair", "silver hair", "pink hair"),
+        *("blue hair", "twintails", "ponytail", "braid", "ahoge", "blue eyes", "red eyes", "green eyes"),
+        *("purple eyes", "hair ribbon", "glasses", "hat", "animal ears", "freckles"),
+    ),
+    (
+        *("school uniform", "kimono", "white dress", "hoodie", "armor", "maid", "suit", "jacket", "sweater"),
+        *("scarf", "apron", "yukata", "cape", "overalls", "witch hat", "military uniform"),
+    ),
+    (
+        *("smile", "open mouth", "closed eyes", "looking at viewer", "looking back", "sitting", "standing"),
+        *("walking", "running", "reading", "holding sword", "holding umbrella", "playing guitar", "eating"),
+        *("upper body", "full body", "portrait", "from side", "from above", "wide shot"),
+    ),
+)
+_SCENERY = (
+    *(
+        "scenery, mountain, lake",
+        "scenery, city, skyline",
+        "cat, window",
+        "dragon, flying, sky",
+        "still life",
+    ),
+    *("forest, river", "spaceship, space, stars", "castle, cliff", "bird, branch", "mecha, ruins", "train"),
+)
+_PLACES = (
+    *("outdoors, blue sky, cloud", "night, starry sky", "indoors, window, sunlight", "simple background"),
+    *("white background", "cherry blossoms, petals", "beach, ocean", "city lights, rain", "snow, winter"),
+    *("classroom", "library, bookshelf", "cafe, table, cup", "flower field", "sunset, backlighting"),
+    *("street, lamppost", "kitchen", "train interior", "shrine, torii", "autumn leaves", "fireworks, night"),
+)
+_QUALITIES = ("masterpiece, best quality, ", "best quality, ", "", "")
 
-def built_in_prompts(count: int, *, seed: int) -> list[str]:
-    """``count`` sentences: a style, a subject and a setting each, drawn with the seed."""
+Style = Literal["sentences", "tags"]
+STYLES: tuple[Style, ...] = ("sentences", "tags")
+
+_ANIME = (
+    *("anime", "animagine", "anything", "noob", "illustrious", "pony", "waifu", "novelai", "niji"),
+    *("counterfeit", "abyssorange", "meinamix", "kohaku", "autismmix", "hassaku", "wai"),
+)
+"""Words in the names of checkpoints that were trained on tags."""
+
+
+def style_of(name: str) -> Style:
+    """The style of prompts that a checkpoint of this name was trained on, as far as the name tells."""
+    words = re.findall("[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+    known = any(word == anime or (len(anime) > 3 and anime in word) for word in words for anime in _ANIME)
+    return "tags" if known else "sentences"
+
+
+def built_in_prompts(count: int, *, seed: int, style: Style = "sentences") -> list[str]:
+    """``count`` prompts in a style, drawn with the seed."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(words: tuple[str, ...]) -> str:
         return words[int(torch.randint(len(words), (1,), generator=generator))]
 
-    return [pick(_STYLES).format(f"{pick(_SUBJECTS)} {pick(_SETTINGS)}") for _ in range(count)]
+    make = _sentence if style == "sentences" else _tags
+    return [make(pick) for _ in range(count)]
+
+
+def _sentence(pick: Callable[[tuple[str, ...]], str]) -> str:
+    """A style, a subject and a setting."""
+    return pick(_STYLES).format(f"{pick(_SUBJECTS)} {pick(_SETTINGS)}")
+
+
+def _tags(pick: Callable[[tuple[str, ...]], str]) -> str:
+    """Who, what they look like, wear and do, and where; or a scene without people. Half begin with praise."""
+    praise, people, place = pick(_QUALITIES), pick(_PEOPLE), pick(_PLACES)
+    if people == "no humans":
+        return f"{praise}{people}, {pick(_SCENERY)}, {place}"
+    return praise + ", ".join([people, *(pick(tags) for tags in _TAGS), place])
 
 
 def with_triggers(prompts: Sequence[str], triggers: Sequence[str]) -> list[str]:
@@ -107,8 +176,13 @@ def read_text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror}); give a readable text file") from None
+    return decode_text(data, str(path))
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """Of a file's content; an error calls it ``name``."""
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         return data.decode(encoding)
     except UnicodeDecodeError:
-        raise BadInput(f"{path}: not text in UTF-8 or UTF-16; save it as UTF-8") from None
+        raise BadInput(f"{name}: not text in UTF-8 or UTF-16; save it as UTF-8") from None

@@ -27,7 +27,8 @@ SMALL_PARAMETERS = 20_000_000
 class Settings:
     """A resolved run; every field but the last is an option of ``toolkit.distill`` with the same name.
 
-    Guidance in guidance_scale; ``resolution`` is "WIDTHxHEIGHT" in pixels; ``updates`` one number a phase.
+    Guidance in guidance_scale; ``resolution`` in pixels is "WIDTHxHEIGHT", or one side for several sizes of
+    as many pixels; ``updates`` one number a phase.
     """
 
     ckpt: str | None
@@ -44,7 +45,9 @@ class Settings:
     lora: tuple[str, ...]
     with_lora: tuple[str, ...]
     data: str | None
+    flip: bool
     prompts: str | None
+    prompt_style: str | None
     pictures: int
     resolution: str
     batch_size: int
@@ -55,6 +58,7 @@ class Settings:
     clip: float
     ema: float
     trajectory_share: float
+    caption_dropout: float | None
     seed: int
     precision: str
     device: str
@@ -70,7 +74,7 @@ class Settings:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels."""
+        """(width, height) in pixels of the pictures that are shown, and of most that are learned from."""
         return parse_resolution(self.resolution)
 
 
@@ -92,6 +96,7 @@ EVERYWHERE = Defaults(
         negative="",
         lora=(),
         with_lora=(),
+        flip=False,
         trajectory_share=0.5,
         seed=0,
         cache_dir="runs/cache",
@@ -215,6 +220,7 @@ _KIND_WORDS: dict[Any, str] = {
     int: "a whole number",
     int | None: "a whole number",
     float: "a number",
+    float | None: "a number",
     bool: "true or false",
     tuple[int, ...]: "a list of whole numbers",
     tuple[str, ...]: "a list of texts",
@@ -228,7 +234,7 @@ def _is_of_kind(value: Any, kind: Any) -> bool:
         return isinstance(value, bool)
     if kind in (int, int | None):
         return isinstance(value, int) and not isinstance(value, bool)
-    if kind is float:
+    if kind in (float, float | None):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind == tuple[int, ...]:
         return isinstance(value, list) and all(_is_of_kind(item, int) for item in value)
