@@ -220,7 +220,11 @@ def pictures(tmp_path) -> Path:
     return write(source, {"bad.png": "bad", "bad.txt": "bad"})
 
 
-def test_pictures_get_the_nearest_size_and_damaged_ones_are_counted(pictures, tmp_path, caplog):
+@pytest.mark.parametrize("shard", [1, 128])
+def test_pictures_get_the_nearest_size_and_damaged_ones_are_counted(
+    pictures, tmp_path, caplog, monkeypatch, shard
+):
+    monkeypatch.setattr("toolkit.training.image_samples.SHARD", shard)
     request = image_request(pictures, told=True)
     assert request.summary() == "pictures: 4 of 32x32, 3 of 16x64, 3 of 64x16"
     assert request.bytes == 2 * 3 * (4 * 256 + 6 * 256)
@@ -287,7 +291,8 @@ def test_a_mirror_image_is_a_sample_of_its_own_beside_each_picture(pictures, tmp
     masked = make(image_request(pictures, flip=True, masks=3), pictures, tmp_path / "c")
     assert len(masked) == 6 * len(plain)
     rows = masked.rows(masked.buckets[0][:6])
-    assert torch.equal(rows["x0"][0], rows["x0"][2]) and torch.equal(rows["x0"][0].flip(-1), rows["x0"][5])
+    assert torch.equal(rows["x0"][0], rows["x0"][1]) and torch.equal(rows["x0"][0], rows["x0"][2])
+    assert torch.equal(rows["x0"][0].flip(-1), rows["x0"][5])
     assert len({mask.numpy().tobytes() for mask in rows["inpaint"][:, 0]}) > 3
 
 
@@ -332,7 +337,9 @@ def test_the_teachers_own_pictures_come_in_every_size_and_it_is_told_which(tmp_p
     )  # fmt: skip
     assert [len(bucket) for bucket in samples.buckets] == [6, 5] and len(samples.shards) == 2
     assert told == {(4, 4, 8, 8, 0, 0, 8, 8), (6, 2, 12, 4, 0, 0, 12, 4)}
-    assert samples.rows(samples.buckets[1])["states"].shape == (5, 2, 4, 6, 2)
+    rows = samples.rows(samples.buckets[1])
+    assert rows["states"].shape == (5, 2, 4, 6, 2)
+    assert rows["time_ids"].tolist() == [[12, 4, 0, 0, 12, 4]] * 5
     assert request.bytes == sum(shard[name].nbytes for shard in samples.shards for name in ("x0", "states"))
     texts = [samples.rows(bucket)["text"].tolist() for bucket in samples.buckets]
     assert texts == [[1, 2, 1, 2, 1, 2], [1, 2, 1, 2, 1]]
@@ -353,6 +360,8 @@ def test_every_micro_batch_is_of_one_bucket_and_every_bucket_is_gone_through_aga
             assert sorted(numbers[start : start + len(bucket)]) == bucket.tolist()
     again = Order(buckets, batch=5, micro_batch=2, updates=600, seed=3)
     assert torch.equal(torch.cat(again(417)), torch.cat(order(417)))
+    one, other = (Order(buckets[:1], batch=5, micro_batch=2, updates=1, seed=seed) for seed in (3, 4))
+    assert not torch.equal(torch.cat(one(0)), torch.cat(other(0)))
 
 
 def test_a_share_of_the_batch_loses_its_caption_and_with_it_its_trajectory():
