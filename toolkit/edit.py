@@ -16,8 +16,8 @@ from .evaluation.painter import Painter
 from .evaluation.pictures import save_png, to_image
 from .opening import add_parts, choose_device, choose_dtype, open_for_people, parts_of
 from .training.checkpoint import Checkpoint
+from .training.images import load_picture
 from .training.networks import DTYPES
-from .training.samples import load_picture
 
 log = logging.getLogger("fewstep")
 
