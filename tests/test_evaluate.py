@@ -189,7 +189,8 @@ def test_the_showcase_has_pictures_over_guidance_steps_and_strength_and_a_verdic
         strengths=(0.5,),
         reference_steps=3,
     )
-    guidance, steps, strength = shown.pictures
+    guidance, steps, strength, between = shown.pictures
+    assert between[0].startswith("From one noise to another")
     assert "Over guidance" in guidance[0] and "Over step counts at guidance 3" in steps[0]
     assert "Image to image at guidance 3" in strength[0]
     assert guidance[1].width > 4 * 96 and steps[1].height > 6 * 96
@@ -206,7 +207,7 @@ def test_a_showcase_outside_the_usual_guidances_shows_the_students_own(painters)
         painters["teacher"], {1: painters[1]}, prompts=PROMPTS[:1], guidance=5.0, guidances=(7.0, 8.0),
         strengths=(), reference_steps=2,
     )  # fmt: skip
-    assert len(shown.pictures) == 2 and "PSNR" in (shown.verdict or "")
+    assert len(shown.pictures) == 3 and "PSNR" in (shown.verdict or "")
 
 
 def row(model: str, sampler: str, steps: int, adherence: float | None, psnr: float | None = None) -> dict:

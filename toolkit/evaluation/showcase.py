@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..training.masks import GREY
 from .evaluate import Cell, Evaluation, Request, Row, Yardstick
-from .painter import Fill, Painter
+from .painter import Fill, Painter, unit_noise
 from .pictures import grid, stack
 
 Picture = tuple[str, Image.Image]
@@ -80,7 +80,29 @@ def showcase(
     rows = tuple(large.rows())
     within = [g for g in guidances if students[min(students)].runs_at(g)] or [guidance]
     pictures = side_by_side(small, guidance=guidance, guidances=within, strengths=strengths)
+    if fill is None and students[min(students)].runs_at(guidance):
+        pictures = (*pictures, between_noises(small, f"{min(students)}-step student", guidance=guidance))
     return Showcase(pictures, rows, verdict(rows))
+
+
+def between_noises(evaluation: Evaluation, student: str, *, guidance: float, columns: int = 7) -> Picture:
+    """The first prompt's pictures on the way from one noise to another, by the teacher and a student: both
+    should change alike, and smoothly. ``cos(a) n_0 + sin(a) n_1`` keeps the noise of unit variance.
+    """
+    request, teacher = evaluation.request, evaluation.teacher
+    first, last = unit_noise((2, *teacher.latent_shape()), seeds=[request.seed, request.other_seeds[0]])
+    angles = torch.linspace(0, math.pi / 2, columns)[:, None, None, None]
+    noise, seeds = angles.cos() * first + angles.sin() * last, range(columns)
+    prompts = [request.prompts[0]] * columns
+    steps, negative = request.reference_steps, request.negative
+    rows = [
+        teacher.latents(prompts, seeds=seeds, noise=noise, guidance=guidance, steps=steps, negative=negative),
+        evaluation.students[student].latents(prompts, seeds=seeds, noise=noise, guidance=guidance),
+    ]
+    cells = [list(teacher.decode(painted.x0)) for painted in rows]
+    labels = [f"{90 * column / (columns - 1):g} degrees" for column in range(columns)]
+    caption = f"From one noise to another at guidance {guidance:g}: {request.prompts[0]}."
+    return caption, grid(cells, rows=[f"teacher, {steps} steps", student], columns=labels)
 
 
 def side_by_side(
