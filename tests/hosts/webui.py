@@ -216,7 +216,7 @@ class WebUI:
     def _fetch(self, path: str, body: bytes | None = None) -> Any:
         request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
         try:
-            with _DIRECT.open(request, timeout=300) as answer:
+            with _DIRECT.open(request, timeout=600) as answer:
                 return json.loads(answer.read() or "null")
         except urllib.error.HTTPError as error:
             text = error.read().decode()

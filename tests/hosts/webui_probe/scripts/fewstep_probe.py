@@ -56,7 +56,8 @@ class Probe(scripts.Script):
             SEEN[name] = None if tensor is None else torch.as_tensor(tensor).float().tolist()
 
     def post_sample(self, p, ps, *args):
-        SEEN["samples"].append(torch.as_tensor(ps.samples).float().tolist())
+        if isinstance(ps.samples, torch.Tensor):  # hires fix has pictures instead
+            SEEN["samples"].append(ps.samples.float().tolist())
 
     def postprocess(self, p, processed, *args):
         SEEN["comments"] = list(p.comments)
