@@ -158,7 +158,7 @@ class WebUI:
         arguments = ["--skip-prepare-environment", "--skip-torch-cuda-test", "--skip-python-version-check"]
         arguments += ["--skip-version-check", "--no-half", "--do-not-download-clip", "--no-download-sd-model"]
         arguments += ["--api", "--server-name", "127.0.0.1", "--port", str(self.port)]
-        arguments += ["--data-dir", str(self.base), *slow]
+        arguments += ["--data-dir", str(self.base), "--gradio-allowed-path", str(self.host.folder), *slow]
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(self._tokenizer())}
         quiet = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
         with open(self.log_file, "w", encoding="utf-8") as log:
