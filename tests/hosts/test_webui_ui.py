@@ -42,6 +42,9 @@ def select(webui: WebUI, name: str) -> None:
 def generate(page: Browser, text: str) -> None:
     """Press Generate, and wait for a message under the picture."""
     page.click("#txt2img_generate")
+    for _ in range(5):  # half a minute each: reForge takes its time to change the checkpoint
+        with contextlib.suppress(RuntimeError):
+            return page.wait(SHOWN, text)
     page.wait(SHOWN, text)
 
 
