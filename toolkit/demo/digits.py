@@ -105,7 +105,7 @@ class Digits:
 def load() -> tuple[Digits, Digits]:
     """What is learned from (1,500), and what was held back (297); BadInput without scikit-learn."""
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise BadInput(
             "the digits come with scikit-learn, which is not installed; python -m pip install scikit-learn"
