@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,13 +238,16 @@ class WebUI:
         return self.base / "hub"
 
     def _wait_until_it_answers(self) -> None:
+        """Nothing is asked before the host says it is up: A1111 cannot start once a request has come in
+        between its page and its API.
+        """
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                self.get("/probe/seen")
-                return
-            except (OSError, Refused):
-                time.sleep(0.5)
+            if "Startup time" in self.log:
+                with suppress(OSError, Refused):
+                    self.get("/probe/seen")
+                    return
+            time.sleep(0.5)
         raise RuntimeError(f"the WebUI did not start:\n{self.log[-4000:]}")
 
     def _end(self) -> None:
