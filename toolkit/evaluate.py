@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         students=painters,
         request=request,
         yardstick=_yardstick(asked, painter, demo=demo, device=device),
-        store=FolderStore(asked.out / "cache"),
+        store=FolderStore(asked.cache_dir or asked.out / "cache"),
         teacher_name=teacher.name,
         identities=_identities(teacher, students, asked),
         batch=asked.batch_size,
@@ -147,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     add_parts(parser)
     add("--device", help="cpu, cuda, cuda:1, mps ...; default: the best one there is")
     add("--precision", choices=sorted(DTYPES), help="default: fp16 on a GPU, fp32 elsewhere")
+    add("--cache-dir", type=Path, metavar="DIR", help="where painted pictures are kept (default: OUT/cache)")
     add("--json", action="store_true", help="the rows on stdout, as JSON")
     add("-o", "--out", type=Path, required=True, metavar="DIR", help="results.json, pictures, cache")
     return parser

@@ -188,20 +188,15 @@ def make_plan(
     ``student_bytes``: one student's file.
     """
 
-    def beside(phase: Phase) -> float:
-        """Evaluations a sample and update beside the trained one: none of the teacher's for samples on a kept
-        trajectory."""
-        share = 1.0 if phase.asks_always or not on_trajectory else 1 - settings.trajectory_share
-        return share * phase.teacher_evaluations + phase.own_evaluations
-
+    on_kept = settings.trajectory_share if on_trajectory else 0.0
     rows = [
         PhasePlan(
             name=phase.name,
             updates=updates,
-            evaluations=round(updates * settings.batch_size * (beside(phase) + 1)),
+            evaluations=round(updates * settings.batch_size * (beside(phase, on_kept) + 1)),
             seconds=updates
             * settings.batch_size
-            * (beside(phase) * costs.evaluation_seconds + costs.training_seconds),
+            * (beside(phase, on_kept) * costs.evaluation_seconds + costs.training_seconds),
         )
         for phase, updates in zip(phases, settings.updates, strict=True)
     ]
@@ -220,6 +215,14 @@ def make_plan(
         route=route,
         measured=costs.measured,
     )
+
+
+def beside(phase: Phase, trajectory_share: float) -> float:
+    """Evaluations a sample and update beside the trained one: none of the teacher's for samples on a kept
+    trajectory.
+    """
+    asked = 1.0 if phase.asks_always else 1 - trajectory_share
+    return asked * phase.teacher_evaluations + phase.own_evaluations
 
 
 def require_disk(plan: Plan, *, out: Path, cache: Path) -> None:

@@ -1,0 +1,451 @@
+"""Measure the methods side by side on the demo teacher: ``python -m toolkit.compare --help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .assembly import Teacher, phases_of, settle
+from .command import run
+from .contenders import CONTENDERS, Contender
+from .demo import TEACHER
+from .demo.drawings import draw
+from .diffusion.errors import BadInput
+from .evaluation.pictures import save_png, to_image
+from .runtime.files import atomic_path
+from .training.plan import beside
+
+log = logging.getLogger("fewstep")
+
+DETAILS = """Every contender is a run of toolkit.distill on the demo teacher, measured by toolkit.evaluate; their
+folders and logs lie in DIR. All but the README's longer run are given the same work. What is finished stays:
+given again the command goes on. Another --work needs another DIR.
+
+DIR gets comparison.md (tables), comparison.png (needs matplotlib) and rows.json.
+"""
+REFERENCE_SEED = 777_000
+TRAINED = 3
+"""Work of a trained evaluation: forward, and backward for two."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student, or of a chain those of all its phases, to be trained in a folder of its own."""
+
+    contender: Contender
+    steps: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        family = self.contender.students_of or self.contender.name
+        return f"{family}-{self.steps}" + (f"-seed{self.seed}" if self.seed else "")
+
+    def students(self, folder: Path) -> list[Path]:
+        """Files, once it is trained."""
+        if not self.contender.chain:
+            return [folder / "student.safetensors"]
+        files = (folder / "students").glob("*.safetensors")
+        return sorted(files, key=lambda file: int(file.stem), reverse=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    asked = _parser().parse_args(arguments)
+    chosen = _chosen(asked)
+    bench = Bench(asked.out, work=asked.work, samples=asked.samples)
+    bench.begin()
+    count = sum(len(runs_of(contender)) for contender in chosen)
+    log.info("%d contenders, %d runs, %d at once", len(chosen), count, asked.jobs)
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        first: Future[None] | None = None
+        waiting: list[Future[None]] = []
+        for contender in chosen:
+            own = [] if contender.students_of else runs_of(contender)
+            runs = [pool.submit(bench.train, one) for one in own]
+            # The first paints the teacher's pictures, which the others find.
+            before = runs if first is None else [first, *runs]
+            waiting.append(pool.submit(bench.measure, contender, before))
+            first = first or waiting[0]
+        try:
+            for future in waiting:
+                future.result()
+        except BaseException:
+            bench.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
+    rows = list(bench.rows(chosen))
+    bench.write("rows.json", json.dumps(rows, indent=2))
+    bench.write("comparison.md", tables(rows, chosen))
+    plot(rows, chosen, asked.out / "comparison.png")
+    log.info("%s", asked.out / "comparison.md")
+
+
+def runs_of(contender: Contender) -> list[Run]:
+    """Of each step count, and seed by seed; where ``seeded`` names some, only those are repeated."""
+    return [
+        Run(contender, steps, seed)
+        for seed in range(contender.seeds)
+        for steps in (contender.seeded or contender.steps if seed else contender.steps)
+    ]
+
+
+class Bench:
+    """Runs contenders in ``out``; ``work`` for each student, in evaluations of the network."""
+
+    def __init__(self, out: Path, *, work: int, samples: int) -> None:
+        self.out, self.work, self.samples = out, work, samples
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.drawing = threading.Lock()
+        self.stopped = False
+
+    def begin(self) -> None:
+        """BadInput for a folder of another work or number of samples."""
+        said = json.dumps({"work": self.work, "samples": self.samples})
+        path = self.out / "compare.json"
+        if path.exists() and path.read_text(encoding="utf-8") != said:
+            raise BadInput(
+                f"{self.out} holds a comparison of {path.read_text(encoding='utf-8')}, and {said} was asked "
+                "for; choose another --out"
+            )
+        self.write("compare.json", said)
+        self.teacher = Teacher.open({"demo": True})
+
+    def write(self, name: str, text: str) -> None:
+        with atomic_path(self.out / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+    def train(self, one: Run) -> None:
+        """The run, or what is left of it."""
+        folder = self.out / one.name
+        if (folder / "report.html").exists():
+            return
+        options: dict[str, Any] = {
+            "steps": one.steps,
+            "seed": one.seed,
+            "report_prompts": 0,
+            "cache_dir": str(self.out / "cache"),
+            **one.contender.options,
+            "out": str(folder),
+        }
+        if one.contender.draws:
+            options["data"] = str(self.drawings())
+        if (folder / "config.toml").exists():
+            said = ["--demo", "--method", str(options["method"]), "--out", str(folder), "--resume"]
+        else:
+            updates = one.contender.updates or self.updates(options)
+            said = ["--demo", *_arguments({**options, "updates": updates})]
+        self._call(one.name, "toolkit.distill", said)
+
+    def updates(self, options: Mapping[str, Any]) -> tuple[int, ...]:
+        """Of each phase, so that the phases have equal parts of the work."""
+        settings, _ = settle({"demo": True, **options}, {}, self.teacher)
+        share = 0.0 if settings.data else settings.trajectory_share
+        phases = phases_of(settings, self.teacher.checkpoint)
+        part = self.work / len(phases) / settings.batch_size
+        return tuple(max(1, round(part / (TRAINED + beside(phase, share)))) for phase in phases)
+
+    def measure(self, contender: Contender, before: Sequence[Future[None]]) -> None:
+        """Its students, when what comes before is done."""
+        for future in before:
+            future.result()
+        folder = self._measured(contender)
+        if (folder / "done").exists():
+            return
+        students = [file for one in runs_of(contender) for file in one.students(self.out / one.name)]
+        said = {
+            "teacher": TEACHER,
+            "student": students,
+            "guidance": contender.guidances,
+            "steps": contender.measured_at,
+            "strength": contender.strengths,
+            "samples": contender.samples or self.samples,
+            "seed": REFERENCE_SEED,
+            "cache_dir": self.out / "painted",
+            "out": folder,
+        }
+        self._call(f"{contender.name}-measured", "toolkit.evaluate", _arguments(said))
+        (folder / "done").touch()
+        log.info("%s: measured", contender.name)
+
+    def rows(self, contenders: Sequence[Contender]) -> Iterator[Row]:
+        """What was measured, each with its contender, run and seed; the teacher's once for each setting."""
+        teachers: set[tuple[Any, ...]] = set()
+        for contender in contenders:
+            text = (self._measured(contender) / "results.json").read_text(encoding="utf-8")
+            results = json.loads(text)
+            runs = [one for one in runs_of(contender) for _ in one.students(self.out / one.name)]
+            of = dict(zip(results["students"], runs, strict=True))
+            for row in results["rows"]:
+                if row["model"] == "student":
+                    one = of[row["name"]]
+                    yield {**row, "contender": contender.name, "run": one.name, "seed": one.seed}
+                    continue
+                key = tuple(row[name] for name in ("noise", "sampler", "steps", "guidance", "strength"))
+                if key not in teachers:
+                    teachers.add(key)
+                    yield {**row, "contender": "teacher", "run": "teacher", "seed": None}
+
+    def drawings(self) -> Path:
+        """A folder of captioned drawings, as many as the teacher makes pictures."""
+        folder = self.out / "drawings"
+        with self.drawing:
+            if folder.exists():
+                return folder
+            images, captions = draw(1536, seed=5)
+            with atomic_path(folder) as partial:
+                for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+                    save_png(to_image(image), partial / f"{number:04d}.png")
+                    (partial / f"{number:04d}.txt").write_text(caption, encoding="utf-8")
+        return folder
+
+    def stop(self) -> None:
+        """End what runs; each can be resumed."""
+        self.stopped = True
+        for process in list(self.running):
+            process.terminate()
+
+    def _measured(self, contender: Contender) -> Path:
+        return self.out / "measured" / contender.name
+
+    def _call(self, name: str, module: str, arguments: Sequence[str]) -> None:
+        """A command of the toolkit in a process of its own, its words in a log."""
+        if self.stopped:
+            raise KeyboardInterrupt
+        path = self.out / "logs" / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", module, *arguments]
+        here = {**os.environ, "OMP_NUM_THREADS": "1"}
+        root = Path(__file__).resolve().parent.parent
+        search = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+        with path.open("ab") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=output, env={**here, "PYTHONPATH": search}
+            )
+            self.running.add(process)
+            code = process.wait()
+            self.running.discard(process)
+        if code:
+            raise BadInput(f"{name}: {module} ended with exit code {code}; {path} says why")
+
+
+def _arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options as a command line."""
+    words: list[str] = []
+    for name, value in options.items():
+        several = isinstance(value, (tuple, list))
+        words += ["--" + name.replace("_", "-"), *(map(str, value) if several else [str(value)])]
+    return words
+
+
+TITLES = {
+    "adherence": "adherence, %",
+    "frechet_ratio": "k",
+}
+
+
+def tables(rows: Sequence[Row], contenders: Sequence[Contender]) -> str:
+    """Markdown: for each group a table of its students, by step count; the teacher's first."""
+    parts = ["The teacher, without a student:\n\n" + _table(_teachers(rows), _guidances(rows))]
+    for group in dict.fromkeys(contender.group for contender in contenders):
+        members = [contender for contender in contenders if contender.group == group]
+        lines = [line for contender in members for line in _students(rows, contender)]
+        guidances = sorted({g for contender in members for g in contender.guidances})
+        strengths = any(contender.strengths for contender in members)
+        table = _strengths(rows, members) if strengths else _table(lines, guidances)
+        parts.append(f"{group[0].upper()}{group[1:]}:\n\n" + table)
+    return "\n\n".join(parts) + "\n"
+
+
+def _guidances(rows: Sequence[Row]) -> list[float]:
+    return sorted({row["guidance"] for row in rows})
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table: its first cells, and the rows of all its seeds."""
+
+    what: str
+    steps: int
+    rows: Sequence[Row]
+
+    @property
+    def seeds(self) -> int:
+        return len({row["seed"] for row in self.rows})
+
+
+def _teachers(rows: Sequence[Row]) -> list[Line]:
+    own = [row for row in rows if row["contender"] == "teacher" and row["strength"] == 1]
+    kinds = dict.fromkeys((row["sampler"], row["noise"], row["steps"]) for row in own)
+    order = sorted(kinds, key=lambda kind: (kind[0], -kind[2], kind[1] == "other"))
+    names = {"ddim": "DDIM", "dpmpp_2m": "DPM++ 2M"}
+    return [
+        Line(
+            f"{names[sampler]}" + (", other noise" if noise == "other" else ""),
+            steps,
+            [row for row in own if (row["sampler"], row["noise"], row["steps"]) == (sampler, noise, steps)],
+        )
+        for sampler, noise, steps in order
+    ]
+
+
+def _students(rows: Sequence[Row], contender: Contender) -> list[Line]:
+    own = [row for row in rows if row["contender"] == contender.name and row["strength"] == 1]
+    return [
+        Line(contender.says, steps, [row for row in own if row["steps"] == steps])
+        for steps in sorted({row["steps"] for row in own}, reverse=True)
+    ]
+
+
+def _table(lines: Sequence[Line], guidances: Sequence[float]) -> str:
+    heads = ["", "steps", "seeds"]
+    heads += [f"{title} at {g:g}" for title in TITLES.values() for g in guidances] + ["PSNR"]
+    text = [heads, ["---"] * len(heads)]
+    for line in lines:
+        cells = [line.what, str(line.steps), str(line.seeds)]
+        cells += [
+            _cell(line.rows, name, g, scale=100 if name == "adherence" else 1, digits=form)
+            for name, form in (("adherence", 1), ("frechet_ratio", 2))
+            for g in guidances
+        ]
+        middle = sorted(guidances)[len(guidances) // 2]
+        text.append([*cells, _cell(line.rows, "psnr_teacher", middle, scale=1, digits=1)])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in text)
+
+
+def _strengths(rows: Sequence[Row], members: Sequence[Contender]) -> str:
+    strengths = sorted({strength for member in members for strength in member.strengths})
+    names = {member.name for member in members}
+    own = [row for row in rows if row["contender"] in names]
+    text = [["steps", *(f"k at strength {s:g}" for s in strengths)], ["---"] * (len(strengths) + 1)]
+    for steps in sorted({row["steps"] for row in own}, reverse=True):
+        of = [row for row in own if row["steps"] == steps]
+        cells = [
+            _cell([row for row in of if row["strength"] == s], "frechet_ratio", 4, scale=1, digits=2)
+            for s in strengths
+        ]
+        text.append([str(steps), *cells])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in text)
+
+
+def _cell(rows: Sequence[Row], name: str, guidance: float, *, scale: float, digits: int) -> str:
+    """Mean over seeds, and of several their largest distance from it."""
+    found = [scale * row[name] for row in rows if row["guidance"] == guidance and row[name] is not None]
+    if not found:
+        return ""
+    mean = statistics.fmean(found)
+    if len(found) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {max(abs(value - mean) for value in found):.{digits}f}"
+
+
+def plot(rows: Sequence[Row], contenders: Sequence[Contender], path: Path) -> None:
+    """Adherence and k against evaluations at guidance 4, one line a contender with several step counts."""
+    figure_class, canvas_class = _matplotlib()
+    figure = figure_class(figsize=(12, 5), layout="constrained")
+    canvas_class(figure)
+    axes = figure.subplots(1, 2)
+    samplers = {"ddim": "teacher, DDIM", "dpmpp_2m": "teacher, DPM++ 2M"}
+    curves = {
+        label: [
+            row
+            for row in rows
+            if row["contender"] == "teacher"
+            and row["sampler"] == sampler
+            and row["noise"] == "same"
+            and row["steps"] <= 16
+        ]
+        for sampler, label in samplers.items()
+    }
+    for contender in contenders:
+        curves[contender.name] = [row for row in rows if row["contender"] == contender.name]
+    for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
+        for label, own in curves.items():
+            points: dict[int, list[float]] = {}
+            for row in own:
+                if row["guidance"] == 4 and row["strength"] == 1 and row[name] is not None:
+                    points.setdefault(row["evaluations"], []).append(row[name])
+            if len(points) < 2:
+                continue
+            where = sorted(points)
+            scale = 100 if name == "adherence" else 1
+            values = [scale * statistics.fmean(points[x]) for x in where]
+            style = "--" if label in samplers.values() else "-"
+            axis.plot(where, values, style, marker="o", markersize=3, label=label)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("evaluations of the network a picture")
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylim(bottom=50)
+    axes[1].set_yscale("log")
+    axes[1].axhline(1, color="grey", linewidth=0.8)
+    axes[1].legend(fontsize=7)
+    with atomic_path(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+
+
+def _matplotlib() -> Any:
+    """Its classes Figure and FigureCanvasAgg; BadInput where it is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise BadInput(
+            "the plot is drawn by matplotlib, which is not installed; python -m pip install matplotlib"
+        ) from None
+    return Figure, FigureCanvasAgg
+
+
+def _chosen(asked: argparse.Namespace) -> list[Contender]:
+    known = {contender.name: contender for contender in CONTENDERS}
+    if unknown := [name for name in asked.only if name not in known]:
+        raise BadInput(f"--only {unknown[0]}: no such contender; there are {', '.join(known)}")
+    for name in ("work", "samples", "jobs"):
+        if getattr(asked, name) < 1:
+            raise BadInput(f"--{name} {getattr(asked, name)}: expected 1 or more")
+    _matplotlib()
+    return [contender for contender in CONTENDERS if not asked.only or contender.name in asked.only]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m toolkit.compare",
+        description="Measure the methods side by side on the demo teacher, at equal work.",
+        epilog=DETAILS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="everything that is written")
+    add(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="of " + ", ".join(contender.name for contender in CONTENDERS) + " (default: all)",
+    )
+    add(
+        "--work",
+        type=int,
+        default=50_000,
+        metavar="N",
+        help="of each student, in evaluations of the network; a trained one is three (default 50000)",
+    )
+    add("--samples", type=int, default=1024, metavar="N", help="pictures a row (default 1024)")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at once, each in one thread (default 1)")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)
