@@ -28,9 +28,9 @@ from .training.plan import beside
 
 log = logging.getLogger("fewstep")
 
-DETAILS = """Every contender is a run of toolkit.distill on the demo teacher, measured by toolkit.evaluate; their
-folders and logs lie in DIR. All but the README's longer run are given the same work. What is finished stays:
-given again the command goes on. Another --work needs another DIR.
+DETAILS = """Every contender is a run of toolkit.distill on the demo teacher, measured by toolkit.evaluate;
+their folders and logs lie in DIR. All but the README's longer run are given the same work. What is finished
+stays: given again the command goes on. Another --work needs another DIR.
 
 DIR gets comparison.md (tables), comparison.png (needs matplotlib) and rows.json.
 """

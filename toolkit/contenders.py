@@ -8,7 +8,7 @@ share, are not counted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 GUIDANCES = (2.0, 4.0, 8.0)

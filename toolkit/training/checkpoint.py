@@ -130,10 +130,14 @@ class Checkpoint:
         return config_of(part, self.tensors, self.configs, self.of)
 
     def unet(
-        self, *, dtype: torch.dtype = torch.float32, conditioned: bool = False, exact: str | None = None
+        self,
+        *,
+        dtype: torch.dtype | None = torch.float32,
+        conditioned: bool = False,
+        exact: str | None = None,
     ) -> UNet2DConditionModel:
         """A copy of the UNet, to evaluate; ``conditioned`` adds a zero guidance input where there is none;
-        what begins with ``exact`` stays in float32.
+        what begins with ``exact`` stays in float32. With dtype None the weights are the file's, uncopied.
 
         With the zero input the untrained student equals the teacher bit for bit. Raises BadInput for NaN.
         """
@@ -218,7 +222,7 @@ class Checkpoint:
         part: Part,
         network: Any,
         state: Mapping[str, Tensor],
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         exact: str | None = None,
     ) -> Any:
         for key, value in state.items():
@@ -226,10 +230,11 @@ class Checkpoint:
                 raise BadInput(
                     f"{self.path}: the weights of the {part} are damaged ({key} holds NaN or infinity)"
                 )
-        filled = {
-            key: value.to(torch.float32 if exact and key.startswith(exact) else dtype, copy=True)
-            for key, value in state.items()
-        }
+        filled = dict(state)
+        if dtype is not None:
+            for key, value in state.items():
+                exactly = exact is not None and key.startswith(exact)
+                filled[key] = value.to(torch.float32 if exactly else dtype, copy=True)
         network.load_state_dict(filled, strict=False, assign=True)
         for module in network.modules():
             if isinstance(getattr(module, "position_ids", None), Tensor):

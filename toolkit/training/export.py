@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from torch.nn import Parameter
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -81,7 +83,7 @@ def export_checkpoint(student: Checkpoint, path: Path, *, dtype: torch.dtype | N
     with atomic_path(path, size=_bytes(tensors)) as partial:
         write_checkpoint(partial, tensors=tensors, spec=spec, resolution=student.resolution)
         found = open_checkpoint(partial)
-        difference = _compare(_answer(found.unet(), probe), answers, dtype=_dtype(tensors), path=path)
+        difference = _compare(_answer(_mapped(found), probe), answers, dtype=_dtype(tensors), path=path)
         _same_tensors(found.tensors, tensors, path)
     return Exported((path,), difference, _sampling_notes(spec))
 
@@ -104,7 +106,7 @@ def export_baked(
     with atomic_path(path, size=_bytes(tensors)) as partial:
         write_checkpoint(partial, tensors=tensors, spec=baked, resolution=student.resolution)
         found = open_checkpoint(partial)
-        difference = _compare(_answer(found.unet(), probe), answers, dtype=_dtype(tensors), path=path)
+        difference = _compare(_answer(_mapped(found), probe), answers, dtype=_dtype(tensors), path=path)
         _same_tensors(found.tensors, tensors, path)
         yaml = _write_sidecar(student, path)
     notes = (f"guidance {guidance:g} is folded in: use cfg 1 in hosts", *_sampling_notes(spec))
@@ -158,7 +160,7 @@ def export_lora(
         kept[B1] = (kept[B1].double() - shifted + written[LORA_DIFF_BIAS].double()).float()
         patched = dataclasses.replace(student, tensors=kept)
         rounding = max((dtype or torch.float32, student.tensors[W1].dtype), key=lambda d: TOLERANCE[d])
-        difference = _compare(_answer(patched.unet(), probe), answers, dtype=rounding, path=path)
+        difference = _compare(_answer(_mapped(patched), probe), answers, dtype=rounding, path=path)
     notes = (what, f"guidance {guidance:g} is in it: use cfg 1 in hosts", *_prediction_notes(student))
     return Exported((path,), difference, (*notes, *_sampling_notes(spec)))
 
@@ -398,7 +400,7 @@ def _shift(student: Checkpoint, spec: StudentSpec, guidance: float) -> Tensor:
 def _answers(student: Checkpoint, guidance: float | None = None) -> tuple[Tensor, Probe]:
     """The student's own answers, in float32, at its first and last timestep."""
     spec = _spec_of(student)
-    unet = student.unet()
+    unet = _mapped(student)
     generator = torch.Generator().manual_seed(0)
     side = 2 ** len(student.config("unet")["block_out_channels"])
     dial = spec.w_embedding
@@ -412,6 +414,28 @@ def _answers(student: Checkpoint, guidance: float | None = None) -> tuple[Tensor
         else w_embedding(torch.tensor(scales) - 1, dim=dial.dim, scale=dial.scale),
     )
     return _answer(unet, probe), probe
+
+
+def _mapped(student: Checkpoint) -> UNet2DConditionModel:
+    """Its UNet, computing in float32 from the weights as they lie in the file: a layer's are widened while it
+    computes, so that memory holds no copy of them all."""
+    unet = student.unet(dtype=None)
+
+    def widen(module: torch.nn.Module, inputs: object, *, own: Mapping[str, Parameter]) -> None:
+        for name, value in own.items():
+            setattr(module, name, Parameter(value.float(), requires_grad=False))
+
+    def narrow(
+        module: torch.nn.Module, inputs: object, answer: object, *, own: Mapping[str, Parameter]
+    ) -> None:
+        for name, value in own.items():
+            setattr(module, name, value)
+
+    for module in unet.modules():
+        if own := dict(module.named_parameters(recurse=False)):
+            module.register_forward_pre_hook(functools.partial(widen, own=own))
+            module.register_forward_hook(functools.partial(narrow, own=own))
+    return unet
 
 
 @torch.no_grad()
