@@ -33,10 +33,11 @@ from ..diffusion.grid import Grid
 from ..diffusion.method import Phase, Setting
 from ..diffusion.prediction import velocity_from
 from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.solvers import roll
 from ..diffusion.spec import StudentSpec
 from ..evaluation.metrics import frechet_distance
 from ..evaluation.pictures import grid, save_png
-from ..methods import progressive
+from ..methods import sfddm
 from ..runtime.files import SPEC_KEY, atomic_path, load_tensors, read_metadata, save_tensors, sha256_of
 from ..runtime.samplers import sample_deterministic, walk
 from ..training.loop import Job, LoopSettings, train
@@ -162,31 +163,52 @@ def train_reader(data: Digits, *, updates: int = 1500) -> Reader:
     return reader.eval().requires_grad_(False)
 
 
-def distil(teacher: ClassUNet, data: Digits, out: Path, *, steps: int, updates: int, finest: int) -> Path:
-    """Progressive distillation without guidance by the toolkit's loop, resumed where it was stopped; the
-    student's file.
+@torch.no_grad()
+def trajectories(teacher: ClassUNet, *, count: int, kept: Grid) -> Samples:
+    """The teacher's own pictures of all classes with their ways from noise, by DDIM of at least 48 steps, at
+    the timesteps ``kept``: exact targets that training need not ask it for.
     """
+    model = denoiser(teacher, schedule=SCHEDULE, prediction_type="v_prediction")
+    every = -(-48 // len(kept))
+    sigmas = walk(kept.refined(every, len(SCHEDULE)).timesteps, SCHEDULE)
+    generator = torch.Generator().manual_seed(3)
+    shards: list[dict[str, Tensor]] = []
+    for labels in (torch.arange(count) % CLASSES).split(512):
+        x = float(sigmas[0]) * torch.randn((len(labels), 1, SIZE, SIZE), generator=generator)
+        states = [x]
+        for number in range(len(sigmas) - 1):
+            levels = [sigma.float().expand(len(x)) for sigma in sigmas[number : number + 2]]
+            x = roll(model, x, levels, cond=_cond(labels), w=None)
+            if (number + 1) % every == 0:
+                states.append(x)
+        guidance = torch.ones(len(labels))
+        x0 = states.pop()
+        shards.append({"x0": x0, "text": labels, "guidance": guidance, "states": torch.stack(states, dim=1)})
+    return Samples(shards, {"text": torch.arange(CLASSES).reshape(-1, 1, 1)}, kept.timesteps)
+
+
+def distil(teacher: ClassUNet, out: Path, *, steps: int, updates: int, pictures: int) -> Path:
+    """One fold without guidance by the toolkit's loop, resumed where it was stopped; the student's file."""
     setting = Setting(schedule=SCHEDULE, prediction_type="v_prediction", steps=steps, guided=False)
-    phases = progressive.phases(progressive.Config(finest=finest), setting)
+    phases = sfddm.phases(sfddm.Config(), setting)
     teacher_file = out / "teacher.safetensors"
 
     def finished(phase: Phase, state: Mapping[str, Tensor]) -> None:
         save(out / "student.safetensors", state, spec_of(phase, teacher_file))
 
+    finest = phases[-1].grid.refined(-(-16 // steps), len(SCHEDULE))
     job = Job(
         phases=phases,
         teacher_prediction="v_prediction",
         schedule=SCHEDULE,
-        samples=Samples(
-            [{"x0": data.pictures, "text": data.labels}], {"text": torch.arange(CLASSES).reshape(-1, 1, 1)}
-        ),
+        samples=trajectories(teacher, count=pictures, kept=finest),
         new_unet=lambda: _filled(teacher.state_dict()),  # pyright: ignore[reportArgumentType]
         finished=finished,
         look=lambda name, student, phase: None,
         out=out,
     )
     settings = LoopSettings(
-        updates=(updates,) * len(phases),
+        updates=(updates,),
         batch_size=64,
         micro_batch=64,
         lr=3e-4,
@@ -196,7 +218,7 @@ def distil(teacher: ClassUNet, data: Digits, out: Path, *, steps: int, updates: 
         seed=0,
         precision="fp32",
         guidance=GuidanceRange(1, 1),
-        trajectory_share=0.0,
+        trajectory_share=1.0,
     )
     train(job, settings, device=torch.device("cpu"))
     return out / "student.safetensors"
@@ -207,7 +229,7 @@ def spec_of(phase: Phase, teacher: Path) -> StudentSpec:
     return StudentSpec(
         family="pixel",
         prediction_type=phase.prediction_type,
-        method="progressive",
+        method="sfddm",
         timesteps=phase.grid.timesteps,
         teacher_sha256=sha256_of(teacher),
         teacher_name=teacher.stem,
@@ -260,7 +282,7 @@ def measure(reader: Reader, real: Digits, made: Tensor, labels: Tensor) -> dict[
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     asked = _parser().parse_args(arguments)
-    for name in ("steps", "updates", "teacher_updates", "samples"):
+    for name in ("steps", "updates", "teacher_updates", "pictures", "samples"):
         if getattr(asked, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(asked, name)}: expected 1 or more")
     seen, held_back = load()
@@ -270,9 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not teacher_file.exists():
         save(teacher_file, train_teacher(seen, updates=asked.teacher_updates).state_dict())
     teacher = _filled(load_tensors(teacher_file))
-    student_file = distil(
-        teacher, seen, out, steps=asked.steps, updates=asked.updates, finest=max(16, 2 * asked.steps)
-    )
+    student_file = distil(teacher, out, steps=asked.steps, updates=asked.updates, pictures=asked.pictures)
     reader = train_reader(seen)
     results = {"held back": measure(reader, seen, held_back.pictures, held_back.labels)}
     labels = torch.arange(asked.samples) % CLASSES
@@ -305,7 +325,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="DIR", help="results; a stopped run goes on there")
     add("--steps", type=int, default=4, metavar="N", help="of the student (default 4)")
     add("--teacher-updates", type=int, default=3000, metavar="N", help="default 3000")
-    add("--updates", type=int, default=500, metavar="N", help="of each halving (default 500)")
+    add("--updates", type=int, default=3000, metavar="N", help="of the student (default 3000)")
+    add("--pictures", type=int, default=4096, metavar="N", help="the teacher's own, to learn from (4096)")
     add("--samples", type=int, default=1000, metavar="N", help="pictures a row (default 1000)")
     return parser
 
