@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,7 @@ stays: given again the command goes on. Another --work needs another DIR.
 DIR gets comparison.md (tables), comparison.png (needs matplotlib) and rows.json.
 """
 REFERENCE_SEED = 777_000
+DRAWINGS = 1536
 TRAINED = 3
 """Work of a trained evaluation: forward, and backward for two."""
 
@@ -63,6 +65,7 @@ class Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    signal.signal(signal.SIGTERM, _terminate)
     asked = _parser().parse_args(arguments)
     chosen = _chosen(asked)
     bench = Bench(asked.out, work=asked.work, samples=asked.samples)
@@ -91,6 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench.write("comparison.md", tables(rows, chosen))
     plot(rows, chosen, asked.out / "comparison.png")
     log.info("%s", asked.out / "comparison.md")
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def runs_of(contender: Contender) -> list[Run]:
@@ -177,7 +184,7 @@ class Bench:
             "out": folder,
         }
         self._call(f"{contender.name}-measured", "toolkit.evaluate", _arguments(said))
-        (folder / "done").touch()
+        self.write(f"measured/{contender.name}/done", "")
         log.info("%s: measured", contender.name)
 
     def rows(self, contenders: Sequence[Contender]) -> Iterator[Row]:
@@ -204,7 +211,7 @@ class Bench:
         with self.drawing:
             if folder.exists():
                 return folder
-            images, captions = draw(1536, seed=5)
+            images, captions = draw(DRAWINGS, seed=5)
             with atomic_path(folder) as partial:
                 for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
                     save_png(to_image(image), partial / f"{number:04d}.png")
