@@ -6,6 +6,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from . import host, routes
+from .editing import FewStepEncodeToNoise
 from .loading import FewStepLoadStudent, FewStepLoadStudentLora, FewStepStudentInfo
 from .sampling import FewStepGuidance, FewStepKSampler, FewStepSamplerSelect, FewStepSigmas
 
@@ -19,6 +20,7 @@ class FewStepExtension(ComfyExtension):
             FewStepSigmas,
             FewStepSamplerSelect,
             FewStepKSampler,
+            FewStepEncodeToNoise,
             FewStepStudentInfo,
         ]
 

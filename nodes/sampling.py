@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -30,14 +31,14 @@ def _guidance_input() -> Any:
     )
 
 
-def _steps_input() -> Any:
+def steps_input(tooltip: str = "0: as trained. Only consistency students can take another number.") -> Any:
     return io.Int.Input(
         "steps",
         default=0,
         min=0,
         max=1000,
         optional=True,
-        tooltip="0: as trained. Only consistency students can take another number.",
+        tooltip=tooltip,
     )
 
 
@@ -101,7 +102,7 @@ class FewStepSigmas(io.ComfyNode):
             inputs=[
                 io.Model.Input("model"),
                 _strength_input("start", "How much noise to start from, as denoise elsewhere. 1: all."),
-                _steps_input(),
+                steps_input(),
             ],
             outputs=[io.Sigmas.Output()],
         )
@@ -144,11 +145,17 @@ class FewStepKSampler(io.ComfyNode):
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
                 _guidance_input(),
                 _strength_input("denoise", "1: from noise alone. Lower: more of the picture stays."),
-                _steps_input(),
+                steps_input(),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
                     tooltip="Connected, it is heeded, at two evaluations a step.",
+                ),
+                io.Boolean.Input(
+                    "add_noise",
+                    default=True,
+                    optional=True,
+                    tooltip="Off: the latent is noise already, as Encode to Noise (FewStep) makes it.",
                 ),
             ],
             outputs=[io.Latent.Output()],
@@ -165,6 +172,7 @@ class FewStepKSampler(io.ComfyNode):
         denoise: float,
         steps: int = 0,
         negative: Any = None,
+        add_noise: bool = True,
     ) -> io.NodeOutput:
         spec = host.expect_student(model, "FewStepKSampler")
         model = host.choose(model, asked=guidance, live_negative=negative is not None)
@@ -172,7 +180,11 @@ class FewStepKSampler(io.ComfyNode):
         guider = comfy.samplers.CFGGuider(model)
         guider.inner_set_conds({"positive": positive} | ({} if negative is None else {"negative": negative}))
         guider.set_cfg(guidance)
-        samples = sample(guider, latent, sigmas, seed)
+        start = starting_latent(model, latent)
+        noise = torch.zeros_like(start)
+        if add_noise:
+            noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
+        samples = sample(guider, latent | {"samples": start}, sigmas, noise=noise, seed=seed)
         timesteps: tuple[int, ...] = ()
         if len(sigmas):
             schedule = schedule_of(model.get_model_object("model_sampling").sigmas)
@@ -181,19 +193,31 @@ class FewStepKSampler(io.ComfyNode):
         return io.NodeOutput({**latent, "samples": samples}, ui=ui.PreviewText(text))
 
 
-def sample(guider: Any, latent: dict[str, Any], sigmas: torch.Tensor, seed: int) -> torch.Tensor:
-    """The host's own steps around a sampling run: empty latents, noise by seed and batch index, mask,
-    preview."""
-    start = comfy.sample.fix_empty_latent_channels(guider.model_patcher, latent["samples"])
+def starting_latent(model: Any, latent: dict[str, Any]) -> torch.Tensor:
+    """A LATENT's samples, an empty one's in the model's channels."""
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+
+
+def sample(
+    guider: Any,
+    latent: dict[str, Any],
+    sigmas: torch.Tensor,
+    *,
+    noise: torch.Tensor,
+    seed: int,
+    sampler: str = host.KEY,
+) -> torch.Tensor:
+    """The host's own steps around a sampling run: mask, preview, and where results are kept."""
     if len(sigmas) == 0:
-        return start
-    return guider.sample(
-        comfy.sample.prepare_noise(start, seed, latent.get("batch_index")),
-        start,
-        comfy.samplers.sampler_object(host.KEY),
+        return latent["samples"]
+    samples = guider.sample(
+        noise,
+        latent["samples"],
+        comfy.samplers.sampler_object(sampler),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
         callback=latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
+    return samples.to(comfy.model_management.intermediate_device())

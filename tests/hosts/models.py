@@ -94,6 +94,14 @@ class Models:
         return self.student("inpaint", _unet(6, in_channels=9, dial=1.0), make_spec(inpaint=True))
 
     @cached_property
+    def encoder(self) -> Model:
+        return self.student("encoder", _unet(7), encoder_spec())
+
+    @cached_property
+    def velocity_encoder(self) -> Model:
+        return self.student("velocity_encoder", _unet(8), encoder_spec(prediction_type="v_prediction"))
+
+    @cached_property
     def nameless(self) -> Model:
         """``epsilon`` as a merger leaves it: without metadata."""
         return self.checkpoint("nameless", _unet(3, dial=1.0))
@@ -234,6 +242,18 @@ def controlnet_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _carried() -> dict[str, Tensor]:
     """The VAE and the text encoder, which all files share."""
     return make_tensors("comfy", seed=100, parts=("vae", "text_encoder"))
+
+
+def encoder_spec(**choices: Any) -> StudentSpec:
+    return make_spec(
+        method="inversion",
+        direction="encode",
+        timesteps=(0, 249, 499, 749),
+        any_start=False,
+        w_embedding=None,
+        guidance_max=1.0,
+        **choices,
+    )
 
 
 def _unet(seed: int, **choices: Any) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ and go as a host's LATENT does, not scaled by the VAE's factor.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -171,6 +172,23 @@ class Sampling:
                 z = a_next * x0 + s_next * eps
         a, _ = level(self.land)
         return (z / a / SCALE).float()
+
+
+def encoding(
+    denoise: Callable[[Tensor, int], Tensor], timesteps: Sequence[int], latent: Tensor, *, top: int = 999
+) -> Tensor:
+    """The noise of a picture's ``latent``, by DDIM upwards: as a host leaves it, at the noise level ``top``.
+
+    The picture stands for itself at timestep 0, so it enters as ``a x0``.
+    """
+    path = [*timesteps, top]
+    z = level(path[0])[0] * SCALE * latent.double()
+    for t, following in itertools.pairwise(path):
+        a, s = level(t)
+        x0 = denoise(z, t)
+        a_next, s_next = level(following)
+        z = a_next * x0 + s_next * (z - a * x0) / s
+    return (z / level(top)[0] / SCALE).float()
 
 
 def student(

@@ -51,7 +51,7 @@ def server(
 
 @pytest.fixture(scope="module")
 def files(server: ComfyUI, models: Models) -> dict[str, str]:
-    for name in ("epsilon", "three_steps", "stochastic", "baked"):
+    for name in ("epsilon", "three_steps", "stochastic", "baked", "encoder"):
         getattr(models, name)  # made before the page asks for the lists
     return workflows.placeholders(models, server.upload("example.png", workflows.picture()))
 
@@ -310,6 +310,17 @@ def test_an_unsuitable_graph_is_told_why_once_by_browser_and_server_together(
     front.screenshot(shots)
     told = [text for text in toasts(front) if reason in text]
     assert len(told) == 1, told
+
+
+def test_an_encoder_in_a_sampler_is_told_and_refused_in_one_sentence(
+    front: Browser, server: ComfyUI, models: Models
+) -> None:
+    graph(front, sampling(models.encoder, sampler_name="euler"))
+    entry = queue(front, server)
+    assert entry["status"]["status_str"] == "error"
+    wait_for_toast(front, "this student is an encoder, it turns pictures into noise")
+    assert len(toasts(front)) == 1
+    front.evaluate("() => document.querySelector('.p-dialog-close-button')?.click()")
 
 
 def test_guidance_out_of_range_is_marked_on_the_node_and_said(

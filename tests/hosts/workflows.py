@@ -36,6 +36,7 @@ def placeholders(models: Models, image: str) -> dict[str, str]:
     """Placeholder -> the name of a fixture; ``image``: an uploaded :func:`picture`."""
     return {
         "student.safetensors": models.epsilon.name,
+        "encoder.safetensors": models.encoder.name,
         "inpainting-student.safetensors": models.inpaint.name,
         "your-checkpoint.safetensors": models.teacher.name,
         "teacher.safetensors": models.teacher.name,

@@ -33,6 +33,7 @@ from ..runtime.samplers import (
     student_sampler,
     walk,
 )
+from ..runtime.student import TEACHER_STEPS, encoding_grid
 from ..training.checkpoint import Checkpoint
 from ..training.masks import Pictures, at_latent_size, inpaint_cond
 from ..training.networks import (
@@ -58,7 +59,7 @@ TEACHER_SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "ddim": sample_deterministic,
     "dpmpp_2m": sample_dpmpp_2m,
 }
-DEFAULT_GUIDANCE, DEFAULT_STEPS = 7.5, 50
+DEFAULT_GUIDANCE, DEFAULT_STEPS = 7.5, TEACHER_STEPS
 _LATENT_CELLS = 8192
 
 
@@ -274,19 +275,7 @@ class Painter:
 
     def encoding(self, steps: int | None = None) -> Grid:
         """The ascending grid that pictures are inverted on; BadInput for a decoder."""
-        top = len(self.schedule) - 1
-        if self.spec is None:
-            return Grid.encoding(DEFAULT_STEPS if steps is None else steps, top + 1)
-        if self.spec.direction != "encode":
-            raise BadInput(
-                "this student makes pictures of noise; to make noise of pictures takes an encoder "
-                "(python -m toolkit.distill --method inversion) or the teacher"
-            )
-        if steps not in (None, self.spec.steps):
-            raise BadInput(
-                f"{steps} steps were asked for, but this encoder was trained for {self.spec.steps}"
-            )
-        return Grid(self.spec.timesteps, end=top)
+        return encoding_grid(self.spec, len(self.schedule), steps or 0)
 
     def paint(self, prompts: Sequence[str], **arguments: Any) -> Tensor:
         """Pictures (N, 3, H, W) float32 in [0, 1]; arguments as in :meth:`latents`."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.errors import BadInput
-from ..diffusion.grid import trailing_timesteps
+from ..diffusion.grid import Grid, trailing_timesteps
 from ..diffusion.guidance import w_embedding
 from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import CLEAN, NoiseSchedule
@@ -27,6 +27,9 @@ LORA_COND_PROJ = "fewstep.cond_proj.weight"
 
 V_PRED = "v_pred"
 """The empty key by which programs mark v-prediction in a checkpoint."""
+
+TEACHER_STEPS = 50
+"""DDIM steps of a teacher where nobody says how many."""
 
 Kind = Literal["student", "baked", "lora", "other"]
 
@@ -159,7 +162,7 @@ def schedule_of(sigmas: Tensor) -> NoiseSchedule:
 def trained_sigmas(spec: StudentSpec, schedule: NoiseSchedule, steps: int = 0) -> Tensor:
     """(N + 1,) float64: the trained grid and 0; other ``steps`` than 0 and N only for consistency
     students."""
-    _require_decoder(spec)
+    require_decoder(spec)
     timesteps = spec.timesteps
     if steps not in (0, spec.steps):
         if spec.sampler != "consistency":
@@ -181,7 +184,24 @@ def sigmas_from(spec: StudentSpec, schedule: NoiseSchedule, strength: float, ste
     return walk(timesteps, schedule, start_sigma=sigma, any_start=spec.any_start)
 
 
-def _require_decoder(spec: StudentSpec) -> None:
+def encoding_grid(spec: StudentSpec | None, total: int, steps: int = 0) -> Grid:
+    """The ascending grid on which a picture becomes noise: an encoder's own, or of a teacher (spec None)
+    ``steps`` of DDIM backwards; 0: as trained, of a teacher 50. BadInput for a decoder.
+    """
+    if spec is None:
+        return Grid.encoding(steps or TEACHER_STEPS, total)
+    if spec.direction != "encode":
+        raise BadInput(
+            "this student makes pictures of noise; to make noise of pictures takes an encoder "
+            "(python -m toolkit.distill --method inversion) or the teacher"
+        )
+    if steps not in (0, spec.steps):
+        raise BadInput(f"{steps} steps were asked for, but this encoder was trained for {spec.steps}")
+    return Grid(spec.timesteps, end=total - 1)
+
+
+def require_decoder(spec: StudentSpec) -> None:
+    """BadInput for an encoder, which makes no pictures."""
     if spec.direction == "encode":
         raise BadInput(
             "this student is an encoder, it turns pictures into noise; load the decoder that belongs to it"
@@ -203,7 +223,7 @@ def plan_walk(spec: StudentSpec, schedule: NoiseSchedule, given: Tensor, *, seed
     between; a consistency student, which knows no grid, takes those too.
     """
     start, end = float(given[0]), float(given[-1])
-    _require_decoder(spec)
+    require_decoder(spec)
     if spec.sampler == "consistency":
         sigmas = given.detach().cpu().double()
     else:

@@ -143,6 +143,10 @@ function findings(prompt, factsById) {
         const { id, cfg } = sampling;
         const { spec, guidance } = facts;
         const loader = prompt[loaderId];
+        if (spec.direction === "encode") {
+            found.push({ about: "encoder", id, text: "this student is an encoder, it turns pictures into noise; load the decoder that belongs to it" });
+            continue;
+        }
         if (!suits(sampling, facts)) {
             const text = `this student was made for the sampler fewstep and the timesteps ${spec.timesteps.join(", ")}; ${sampling.sampler} with these steps and this scheduler is not that: choose the sampler fewstep`;
             found.push({ about: "sampler", id, text });
