@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -79,25 +79,37 @@ def test_a_finished_run_is_left_alone_and_a_begun_one_is_resumed(bench):
     assert bench.called == []
 
 
-def test_students_are_measured_together_and_once(bench):
-    done: Future[None] = Future()
-    done.set_result(None)
-    bench.measure(FOLD, [done])
+def finish(bench: Bench, name: str) -> None:
+    (bench.out / name).mkdir()
+    (bench.out / name / "report.html").touch()
+
+
+def test_students_are_measured_together_and_once_after_the_last_of_them(bench):
+    first, *others = runs_of(FOLD)
+    finish(bench, first.name)
+    bench.run(first, [FOLD])
+    assert bench.called == []
+    for one in others:
+        finish(bench, one.name)
+        bench.run(one, [FOLD])
+    assert len(bench.called) == 1
     said = arguments(bench)
     assert after(said, "--student") == [
         str(bench.out / f"{name}/student.safetensors") for name in ("fold-4", "fold-2", "fold-2-seed1")
     ]
     assert after(said, "--samples") == ["8"] and after(said, "--guidance") == ["2.0", "4.0", "8.0"]
-    bench.measure(FOLD, [done])
+    bench.run(first, [FOLD])
     assert bench.called == []
 
 
-def test_what_went_wrong_before_stops_the_measuring(bench):
-    failed: Future[None] = Future()
-    failed.set_exception(BadInput("fold-4 failed"))
-    with pytest.raises(BadInput, match="fold-4 failed"):
-        bench.measure(FOLD, [failed])
-    assert bench.called == []
+def test_who_measures_anothers_students_waits_for_them_and_trains_none(bench):
+    guest = dataclasses.replace(FOLD, name="guest", students_of="fold", strengths=(0.5,))
+    for one in runs_of(FOLD):
+        finish(bench, one.name)
+    bench.run(runs_of(FOLD)[0], [FOLD, guest])
+    said = arguments(bench)
+    assert after(said, "--strength") == ["0.5"] and after(said, "--out")[0].endswith("guest")
+    assert after(said, "--student") == after(arguments(bench), "--student")
 
 
 def test_a_failing_command_is_one_sentence_that_names_its_log(tmp_path):

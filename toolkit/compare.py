@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,18 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     count = sum(len(runs_of(contender)) for contender in chosen)
     log.info("%d contenders, %d runs, %d at once", len(chosen), count, asked.jobs)
     with ThreadPoolExecutor(asked.jobs) as pool:
-        first: Future[None] | None = None
-        waiting: list[Future[None]] = []
-        for contender in chosen:
-            own = [] if contender.students_of else runs_of(contender)
-            runs = [pool.submit(bench.train, one) for one in own]
-            # The first paints the teacher's pictures, which the others find.
-            before = runs if first is None else [first, *runs]
-            waiting.append(pool.submit(bench.measure, contender, before))
-            first = first or waiting[0]
+        own = [contender for contender in chosen if not contender.students_of]
+        tasks = [pool.submit(bench.run, one, chosen) for contender in own for one in runs_of(contender)]
         try:
-            for future in waiting:
-                future.result()
+            for task in tasks:
+                task.result()
         except BaseException:
             bench.stop()
             pool.shutdown(cancel_futures=True)
@@ -115,7 +108,7 @@ class Bench:
     def __init__(self, out: Path, *, work: int, samples: int) -> None:
         self.out, self.work, self.samples = out, work, samples
         self.running: set[subprocess.Popen[bytes]] = set()
-        self.drawing = threading.Lock()
+        self.drawing, self.measuring = threading.Lock(), threading.Lock()
         self.stopped = False
 
     def begin(self) -> None:
@@ -164,10 +157,19 @@ class Bench:
         part = self.work / len(phases) / settings.batch_size
         return tuple(max(1, round(part / (TRAINED + beside(phase, share)))) for phase in phases)
 
-    def measure(self, contender: Contender, before: Sequence[Future[None]]) -> None:
-        """Its students, when what comes before is done."""
-        for future in before:
-            future.result()
+    def run(self, one: Run, chosen: Sequence[Contender]) -> None:
+        """A run, and after a contender's last one its measuring, and that of whom its students serve too."""
+        self.train(one)
+        with self.measuring:
+            for contender in chosen:
+                if one.contender.name in (contender.name, contender.students_of) and self.trained(contender):
+                    self.measure(contender)
+
+    def trained(self, contender: Contender) -> bool:
+        return all((self.out / one.name / "report.html").exists() for one in runs_of(contender))
+
+    def measure(self, contender: Contender) -> None:
+        """Its students, which are trained; one contender at a time, so that the teacher paints once."""
         folder = self._measured(contender)
         if (folder / "done").exists():
             return
@@ -423,6 +425,7 @@ def _chosen(asked: argparse.Namespace) -> list[Contender]:
         if getattr(asked, name) < 1:
             raise BadInput(f"--{name} {getattr(asked, name)}: expected 1 or more")
     _matplotlib()
+    asked.only += [known[name].students_of for name in asked.only if known[name].students_of]
     return [contender for contender in CONTENDERS if not asked.only or contender.name in asked.only]
 
 
