@@ -363,7 +363,8 @@ def phases_of(settings: Settings, checkpoint: Checkpoint) -> tuple[Phase, ...]:
     return method.phases(method.Config(**settings.method_config), setting)
 
 
-def _loop_settings(settings: Settings) -> LoopSettings:
+def _loop_settings(settings: Settings, checkpoint: Checkpoint) -> LoopSettings:
+    loras = LORA_SMALL if checkpoint.unet_parameters < SMALL_PARAMETERS else LORA_LARGE
     return LoopSettings(
         updates=settings.updates,
         batch_size=settings.batch_size,
@@ -377,6 +378,7 @@ def _loop_settings(settings: Settings) -> LoopSettings:
         guidance=GuidanceRange(*settings.guidance),
         trajectory_share=settings.trajectory_share,
         lora=None if settings.rank is None else LoraShape(settings.rank),
+        critic_lr=loras.values["lr"],
         caption_dropout=settings.caption_dropout,
     )
 
@@ -471,7 +473,7 @@ def plan_run(
     )
     del student, trained
     folder = request.folder(Path(settings.cache_dir))
-    loop = _loop_settings(settings)
+    loop = _loop_settings(settings, teacher.checkpoint)
     return make_plan(
         phases,
         dataclasses.replace(loop, trajectory_share=loop.trajectory_share * (1 - teacher.guests.share)),
@@ -673,7 +675,7 @@ def run_all(
         out=out,
         guests=teacher.guests,
     )
-    train(job, _loop_settings(settings), device=torch.device(settings.device))
+    train(job, _loop_settings(settings, checkpoint), device=torch.device(settings.device))
     verdict = _report(settings, phases, teacher, data)
     student = out / "student.safetensors"
     log.info("data: %s\nstudent: %s\nreport: %s\n%s", data, student, out / "report.html", verdict or "")

@@ -88,6 +88,29 @@ class Loss(Protocol):
         ...
 
 
+class Criticism(Protocol):
+    """An objective that needs a second network trained beside the student, which learns what that paints."""
+
+    @property
+    def alone(self) -> float:
+        """Share of the phase's updates in which it learns alone first."""
+        ...
+
+    def paint(self, student: Denoiser, batch: Batch, *, generator: torch.Generator) -> Tensor:
+        """What the student paints, with a gradient."""
+        ...
+
+    def learn(self, x0: Tensor, *, critic: Denoiser, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Loss of the second network for each sample (B,)."""
+        ...
+
+    def judge(
+        self, x0: Tensor, *, teacher: Denoiser, critic: Denoiser, batch: Batch, generator: torch.Generator
+    ) -> Tensor:
+        """Loss of the student for each sample (B,), beside the phase's own."""
+        ...
+
+
 @dataclass(frozen=True)
 class Phase:
     """One training phase; its finished student walks ``grid``.
@@ -98,7 +121,7 @@ class Phase:
     too if ``asks_always``; ``own_evaluations`` those of the student beside the one that is trained. What the
     finished student's file says: ``sampler``, whether it starts anywhere (``any_start``) and whether it has a
     guidance input (``dial``). An encoder's grid ascends. ``caption_dropout``: the share of samples that it
-    wants without their caption.
+    wants without their caption. With a ``criticism`` a second network is trained beside the student.
     """
 
     name: str
@@ -114,6 +137,7 @@ class Phase:
     sampler: Sampler = "deterministic"
     any_start: bool = True
     dial: bool = True
+    criticism: Criticism | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..diffusion.errors import BadInput
 from ..diffusion.folding import CELLS, FoldLoss, routes
 from ..diffusion.grid import Grid
 from ..diffusion.method import Phase, Setting
-from . import guided
+from . import guided, sfddm
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,24 @@ class Config:
     on_policy: float = field(
         default=0.0, metadata={"help": "share that starts where the student itself gets to from noise"}
     )
+    sharpen: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight of distribution matching in a last phase, for 1 or 2 steps; 0: no such phase"
+        },
+    )
 
 
 def phases(config: Config, setting: Setting) -> tuple[Phase, ...]:
-    """Stage 1 and the halvings down to ``setting.steps``, or the one fold."""
+    """Stage 1 and the halvings down to ``setting.steps``, or the one fold; if asked for the sharpening."""
+    folds = _folds(config, setting)
+    if not config.sharpen:
+        return folds
+    whole = sfddm.Config(velocity_at=config.velocity_at, inside=config.inside, sharpen=config.sharpen)
+    return (*folds, sfddm.phases(whole, setting)[-1])
+
+
+def _folds(config: Config, setting: Setting) -> tuple[Phase, ...]:
     if config.finest < 1 or config.substeps < 1:
         raise BadInput(f"finest {config.finest} and substeps {config.substeps}: both must be at least 1")
     if config.origin == "pair":

@@ -10,12 +10,14 @@ After Hong et al., "SFDDM: Single-fold Distillation for Diffusion Models" (ECML 
   loss before training, and its optimum is the teacher with DDIM on the same few timesteps, no better; with a
   guidance input all that is left to learn is the guidance. It is here to be measured against.
 
+``sharpen`` adds a phase of distribution matching (diffusion/matching), which wins at 1 and 2 steps.
+
 Convention: trailing grids unless ``timesteps`` says otherwise; the last step lands on exactly clean.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -27,6 +29,7 @@ from ..diffusion.errors import BadInput
 from ..diffusion.folding import CELLS, FoldLoss, routes
 from ..diffusion.grid import Grid
 from ..diffusion.hidden import watching
+from ..diffusion.matching import DistributionMatching
 from ..diffusion.method import Batch, Phase, Setting, draw_timesteps, guided_teacher, natural_weight
 from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import NoiseSchedule, like
@@ -62,10 +65,38 @@ class Config:
     on_policy: float = field(
         default=0.0, metadata={"help": "share that starts where the student itself gets to from noise"}
     )
+    sharpen: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight of distribution matching in a last phase, for 1 or 2 steps; 0: no such phase"
+        },
+    )
 
 
 def phases(config: Config, setting: Setting) -> tuple[Phase, ...]:
-    """One phase."""
+    """The fold, and if asked for the sharpening."""
+    fold = _fold(config, setting)
+    return (fold, sharpened(fold, setting, config.sharpen)) if config.sharpen else (fold,)
+
+
+def sharpened(fold: Phase, setting: Setting, weight: float) -> Phase:
+    """A fold of the pair once more, with distribution matching."""
+    if setting.sampler != "deterministic":
+        raise BadInput(f"--sharpen {weight:g}: only for deterministic students; leave it out")
+    if weight < 0:
+        raise BadInput(f"--sharpen {weight:g}: expected 0 (none) or more, such as 0.25")
+    steps = len(fold.grid)
+    beside = (steps - 1) + 3 + 3 + setting.cost("pair", 1) + 1  # painting, learning, judging; 3: trained
+    return replace(
+        fold,
+        name=f"sharpen-{steps}",
+        lr_scale=0.5,
+        own_evaluations=fold.own_evaluations + beside,
+        criticism=DistributionMatching(fold.grid, setting.schedule, setting.prediction_type, weight),
+    )
+
+
+def _fold(config: Config, setting: Setting) -> Phase:
     grid = _grid(config, setting)
     steps, cells = len(grid), CELLS[setting.sampler]
     substeps = config.substeps or max(3, -(-8 // steps))
@@ -90,20 +121,18 @@ def phases(config: Config, setting: Setting) -> tuple[Phase, ...]:
         loss = RolloutLoss(fold, config.feature_weight)
         evaluations = setting.cost("pair", len(path[0]))
         own = config.on_policy * (steps - 1) / 2
-    return (
-        Phase(
-            name=f"single-fold-{steps}",
-            grid=grid,
-            prediction_type=prediction,
-            teacher="pair",
-            loss=loss,
-            teacher_evaluations=evaluations,
-            asks_always=config.sfddm_target == "released" or config.feature_weight > 0,
-            own_evaluations=own,
-            sampler=setting.sampler,
-            any_start=config.inside > 0,
-            dial=setting.guided,
-        ),
+    return Phase(
+        name=f"single-fold-{steps}",
+        grid=grid,
+        prediction_type=prediction,
+        teacher="pair",
+        loss=loss,
+        teacher_evaluations=evaluations,
+        asks_always=config.sfddm_target == "released" or config.feature_weight > 0,
+        own_evaluations=own,
+        sampler=setting.sampler,
+        any_start=config.inside > 0,
+        dial=setting.guided,
     )
 
 

@@ -9,7 +9,7 @@ guidance input and the layer behind it are trained whole beside them.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -35,7 +35,9 @@ CONV_TARGETS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsam
 WHOLE = ("time_embedding.cond_proj", "time_embedding.linear_1")
 """Trained in full: a host's LoRA file carries ``linear_1`` as a difference, where the baked guidance goes."""
 
-_STUDENT, _PREVIOUS = "student", "previous"
+_STUDENT, _PREVIOUS, _CRITIC = "student", "previous", "critic"
+CRITIC_RANK = 32
+"""Of the critic that is trained beside a student with all its weights."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,25 @@ class LoraShape:
 
 
 @dataclass(frozen=True, eq=False)
+class Trained:
+    """A network that learns, and its parameters by the names that its states have; between its forward and
+    its backward pass it must stay ``active``, for layers may be computed anew."""
+
+    network: Network
+    parameters: dict[str, Parameter]
+    active: Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, eq=False)
 class Pair:
-    """One phase's networks; ``trained``: the student's parameters by the names that its states have."""
+    """One phase's networks; ``trained``: the student's parameters by the names that its states have. The
+    critic, where a phase wants one, is a LoRA on the teacher.
+    """
 
     student: Network
     teacher: Network
     trained: dict[str, Parameter]
+    critic: Trained | None = None
 
 
 class Holder(Protocol):
@@ -65,7 +80,9 @@ class Holder(Protocol):
         """The student before any training: it answers as the teacher does."""
         ...
 
-    def pair(self, previous: State | None, *, teacher: Literal["pair", "previous"]) -> Pair:
+    def pair(
+        self, previous: State | None, *, teacher: Literal["pair", "previous"], critic: bool = False
+    ) -> Pair:
         """A student that starts from ``previous``, or from the teacher, and whom it imitates.
 
         The pair of an earlier call must not be used any more.
@@ -75,29 +92,42 @@ class Holder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TwoNetworks:
-    """``dtype``: the teacher's; the student is in float32 and computes in what ``autocast`` says."""
+    """``dtype``: the teacher's; the student is in float32 and computes in what ``autocast`` says; ``seed``:
+    of the critic's first weights."""
 
     new_unet: Callable[[], UNet2DConditionModel]
     device: torch.device
     dtype: torch.dtype
     autocast: Callable[[Network], Network]
+    seed: int = 0
 
     def untrained(self) -> Network:
         return UNetNetwork(place(self.new_unet(), self.device).eval())
 
-    def pair(self, previous: State | None, *, teacher: Literal["pair", "previous"]) -> Pair:
-        frozen, student = self.new_unet(), self.new_unet()
+    def pair(
+        self, previous: State | None, *, teacher: Literal["pair", "previous"], critic: bool = False
+    ) -> Pair:
+        student = self.new_unet()
         if previous is not None:
             student.load_state_dict(previous)
-            if teacher == "previous":
-                frozen.load_state_dict(previous)
-        frozen = place(frozen, self.device, self.dtype).eval().requires_grad_(False)
         student = recomputing(place(student, self.device).train())
-        return Pair(
-            student=self.autocast(UNetNetwork(student)),
-            teacher=UNetNetwork(frozen),
-            trained=dict(student.named_parameters()),
-        )
+        learning, trained = self.autocast(UNetNetwork(student)), dict(student.named_parameters())
+        if critic:
+            watched = OneNetwork(
+                self.new_unet,
+                LoraShape(CRITIC_RANK),
+                seed=self.seed,
+                device=self.device,
+                dtype=self.dtype,
+                autocast=self.autocast,
+            ).pair(None, teacher="pair")
+            beside = Trained(watched.student, watched.trained, nullcontext)
+            return Pair(learning, watched.teacher, trained, beside)
+        frozen = self.new_unet()
+        if previous is not None and teacher == "previous":
+            frozen.load_state_dict(previous)
+        frozen = place(frozen, self.device, self.dtype).eval().requires_grad_(False)
+        return Pair(learning, UNetNetwork(frozen), trained)
 
 
 class OneNetwork:
@@ -132,6 +162,7 @@ class OneNetwork:
         recomputing(unet.train())
         self._layers: list[Any] = []
         self._kinds = (BaseTunerLayer, ModulesToSaveWrapper)
+        self._active: str | None = _STUDENT
         self._network = autocast(UNetNetwork(unet))
         self._settle()
         self._first = {name: value.detach().clone() for name, value in self._parameters(_STUDENT).items()}
@@ -139,16 +170,24 @@ class OneNetwork:
     def untrained(self) -> Network:
         return self._with(None)
 
-    def pair(self, previous: State | None, *, teacher: Literal["pair", "previous"]) -> Pair:
+    def pair(
+        self, previous: State | None, *, teacher: Literal["pair", "previous"], critic: bool = False
+    ) -> Pair:
         self._load(_STUDENT, self._first if previous is None else previous)
-        imitated = None
+        imitated = beside = None
         if teacher == "previous" and previous is not None:
             imitated = _PREVIOUS
-            if _PREVIOUS not in self._model.peft_config:
-                self._model.add_adapter(_PREVIOUS, self._config)
-                self._settle()
-            self._load(_PREVIOUS, previous)
-        return Pair(student=self._network, teacher=self._with(imitated), trained=self._parameters(_STUDENT))
+            self._add(_PREVIOUS, previous)
+        if critic:
+            self._add(_CRITIC, self._first)
+            beside = Trained(self._with(_CRITIC), self._parameters(_CRITIC), lambda: self._switched(_CRITIC))
+        return Pair(self._network, self._with(imitated), self._parameters(_STUDENT), beside)
+
+    def _add(self, adapter: str, state: State) -> None:
+        if adapter not in self._model.peft_config:
+            self._model.add_adapter(adapter, self._config)
+            self._settle()
+        self._load(adapter, state)
 
     def frozen(self) -> Iterator[Parameter]:
         """The teacher's weights."""
@@ -160,7 +199,7 @@ class OneNetwork:
         """
         self._layers = [module for module in self._model.modules() if isinstance(module, self._kinds)]
         for name, parameter in self._model.named_parameters():
-            if f".{_STUDENT}." in name or f".{_PREVIOUS}." in name:
+            if any(f".{adapter}." in name for adapter in (_STUDENT, _PREVIOUS, _CRITIC)):
                 parameter.data = parameter.data.float()
         for layer in self._layers:
             layer.set_adapter(_STUDENT)
@@ -193,13 +232,20 @@ class OneNetwork:
 
     @contextmanager
     def _switched(self, adapter: str | None) -> Generator[None]:
-        for layer in self._layers:
-            layer.enable_adapters(False) if adapter is None else layer.set_adapter(adapter)
+        before = self._active
+        self._activate(adapter)
         try:
             yield
         finally:
-            for layer in self._layers:
-                layer.enable_adapters(True) if adapter is None else layer.set_adapter(_STUDENT)
+            self._activate(before)
+
+    def _activate(self, adapter: str | None) -> None:
+        for layer in self._layers:
+            if adapter is None or self._active is None:
+                layer.enable_adapters(adapter is not None)
+            if adapter is not None:
+                layer.set_adapter(adapter)
+        self._active = adapter
 
 
 def recomputing(unet: UNet2DConditionModel) -> UNet2DConditionModel:

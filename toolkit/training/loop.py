@@ -13,7 +13,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,14 +26,14 @@ from torch import Tensor
 from torch.nn import Parameter
 from tqdm import tqdm
 
-from ..diffusion.denoiser import Cond, Network, NetworkDenoiser
+from ..diffusion.denoiser import Cond, Denoiser, Network, NetworkDenoiser
 from ..diffusion.errors import BadInput
 from ..diffusion.guidance import smooth_features
-from ..diffusion.method import Phase
+from ..diffusion.method import Batch, Criticism, Phase
 from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import NoiseSchedule
 from ..runtime.files import atomic_path
-from .adapters import COND_PROJ, Holder, LoraShape, OneNetwork, TwoNetworks
+from .adapters import COND_PROJ, Holder, LoraShape, OneNetwork, Trained, TwoNetworks
 from .guests import Guests
 from .networks import DTYPES
 from .samples import GuidanceRange, Order, Samples, derived_seed, draw_batch
@@ -59,6 +59,7 @@ class LoopSettings:
     guidance: GuidanceRange
     trajectory_share: float
     lora: LoraShape | None = None
+    critic_lr: float = 1e-4
     caption_dropout: float | None = None
     state_minutes: float = 5.0
     sample_minutes: float = 5.0
@@ -138,7 +139,8 @@ def _holder(job: Job, settings: LoopSettings, device: torch.device) -> Holder:
         return autocast(network, device, dtype)
 
     if settings.lora is None:
-        return TwoNetworks(job.new_unet, device, dtype, in_precision)
+        seed = derived_seed(settings.seed, -2)
+        return TwoNetworks(job.new_unet, device, dtype, in_precision, seed)
     seed = derived_seed(settings.seed, settings.lora.rank)
     return OneNetwork(
         job.new_unet, settings.lora, seed=seed, device=device, dtype=dtype, autocast=in_precision
@@ -171,7 +173,8 @@ class PhaseTrainer:
         )
         self.state_path = job.out / "state" / "latest.pt"
         previous = load_state(job.out / "state" / f"phase-{index - 1}.pt")
-        pair = holder.pair(previous, teacher=self.phase.teacher)
+        criticism = self.phase.criticism
+        pair = holder.pair(previous, teacher=self.phase.teacher, critic=criticism is not None)
         prediction = job.teacher_prediction
         if self.phase.teacher == "previous" and previous is not None:
             prediction = job.phases[index - 1].prediction_type
@@ -186,6 +189,10 @@ class PhaseTrainer:
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0
         )
+        self.critic: Critic | None = None
+        if criticism is not None and pair.critic is not None:
+            watching = NetworkDenoiser(pair.critic.network, job.schedule, job.teacher_prediction)
+            self.critic = Critic(criticism, pair.critic, watching, lr=settings.critic_lr)
 
     def run(self, bar: tqdm[Any], stop: StopFlag) -> None:
         """Updates to the end of the phase, saving the state and looking at samples by the clock."""
@@ -209,13 +216,11 @@ class PhaseTrainer:
 
     def step(self) -> tuple[float, float]:
         """One update of the whole batch in micro-batches; returns the mean loss and the learning rate."""
-        settings = self.settings
+        settings, critic, updates = self.settings, self.critic, self.settings.updates[self.index]
         generator = torch.Generator().manual_seed(derived_seed(settings.seed, self.index, self.update))
-        lr = (
-            settings.lr
-            * self.phase.lr_scale
-            * lr_factor(self.update, settings.updates[self.index], settings.warmup)
-        )
+        waits = 0 if critic is None else critic.alone(updates)
+        lr = settings.lr * self.phase.lr_scale
+        lr *= lr_factor(self.update - waits, updates - waits, settings.warmup) if self.update >= waits else 0
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         total = 0.0
@@ -231,25 +236,44 @@ class PhaseTrainer:
                     generator=generator,
                     device=self.device,
                 )
-                losses = self.phase.loss(
-                    student=self.student, teacher=self.teacher, batch=batch, generator=generator
-                )
+                losses = self._losses(batch, generator, waiting=self.update < waits)
                 loss = losses.sum() / settings.batch_size
-                self.scaler.scale(loss).backward()
+                if self.update >= waits:
+                    self.scaler.scale(loss).backward()
             total += float(loss.detach())
         self._require_finite(total)
-        self._step_optimizer()
-        self.optimizer.zero_grad(set_to_none=True)
+        if critic is not None:
+            self._step_optimizer(critic.optimizer, critic.parameters)
+        if self.update >= waits:
+            self._step_optimizer(self.optimizer, self.trained)
+        self.scaler.update()
         self.update += 1
         self._average_weights()
         return total, lr
 
-    def _step_optimizer(self) -> None:
+    def _losses(self, batch: Batch, generator: torch.Generator, *, waiting: bool) -> Tensor:
+        """The student's losses (B,), to be backpropagated; a critic learns at once. While the student is
+        ``waiting`` for it they are the critic's."""
+        models = {"student": self.student, "teacher": self.teacher}
+        if self.critic is None:
+            return self.phase.loss(**models, batch=batch, generator=generator)
+        criticism, critic = self.critic.criticism, self.critic.denoiser
+        with torch.set_grad_enabled(not waiting):
+            x0 = criticism.paint(self.student, batch, generator=generator)
+        with self.critic.active():
+            learned = criticism.learn(x0.detach(), critic=critic, batch=batch, generator=generator)
+            self.scaler.scale(learned.sum() / self.settings.batch_size).backward()
+        if waiting:
+            return learned.detach()
+        judged = criticism.judge(x0, teacher=self.teacher, critic=critic, batch=batch, generator=generator)
+        return judged + self.phase.loss(**models, batch=batch, generator=generator)
+
+    def _step_optimizer(self, optimizer: torch.optim.Optimizer, trained: Mapping[str, Parameter]) -> None:
         """In fp16 gradients are unscaled before they are clipped, and an overflowing update is left out."""
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.trained.values(), self.settings.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(trained.values(), self.settings.clip)
+        self.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             raise BadInput(
                 f"in fp16 the gradients of phase {self.phase.name} overflow in every update; start anew with "
@@ -313,6 +337,7 @@ class PhaseTrainer:
             "student": {name: value.detach() for name, value in self.trained.items()},
             "average": self.average if self.settings.ema else None,
             "optimizer": self.optimizer.state_dict(),
+            "critic": None if self.critic is None else self.critic.state(),
             "scaler": self.scaler.state_dict(),
         }
 
@@ -325,8 +350,38 @@ class PhaseTrainer:
         if self.settings.ema:
             self.average = {name: value.to(self.device) for name, value in saved["average"].items()}
         self.optimizer.load_state_dict(saved["optimizer"])
+        if self.critic is not None:
+            self.critic.restore(saved["critic"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
+
+
+class Critic:
+    """The network that is trained beside the student, and its optimiser."""
+
+    def __init__(self, criticism: Criticism, trained: Trained, denoiser: Denoiser, *, lr: float) -> None:
+        self.criticism, self.denoiser = criticism, denoiser
+        self.parameters, self.active = trained.parameters, trained.active
+        if COND_PROJ in self.parameters:
+            with self.active():
+                freeze_fast_features(self.parameters[COND_PROJ])
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0
+        )
+
+    def alone(self, updates: int) -> int:
+        """The first so many of a phase's updates are its own."""
+        return round(self.criticism.alone * updates)
+
+    def state(self) -> dict[str, Any]:
+        weights = {name: value.detach() for name, value in self.parameters.items()}
+        return {"weights": weights, "optimizer": self.optimizer.state_dict()}
+
+    @torch.no_grad()
+    def restore(self, saved: dict[str, Any]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(saved["weights"][name])
+        self.optimizer.load_state_dict(saved["optimizer"])
 
 
 def autocast(network: Network, device: torch.device, dtype: torch.dtype) -> Network:

@@ -182,6 +182,8 @@ def phase_updates(given: Sequence[int] | None, names: Sequence[str], *, small: b
 def _default_updates(name: str, *, small: bool) -> int:
     if name == "guided":
         return 1500 if small else 3000
+    if name.startswith("sharpen"):
+        return 600 if small else 2000
     last_folds = name.endswith(("fold-2", "fold-1"))
     return (800 if last_folds else 600) if small else (4000 if last_folds else 2000)
 
