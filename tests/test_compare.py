@@ -112,6 +112,22 @@ def test_who_measures_anothers_students_waits_for_them_and_trains_none(bench):
     assert after(said, "--student") == after(arguments(bench), "--student")
 
 
+def test_who_goes_on_from_anothers_student_takes_that_of_its_seed_and_waits_for_it(bench):
+    later = next(contender for contender in CONTENDERS if contender.starts_from)
+    one = next(one for one in runs_of(later) if one.seed == 1)
+    waited: list[bool] = []
+
+    class Task:
+        def result(self):
+            waited.append(True)
+
+    bench.tasks[f"{later.starts_from}-1-seed1"] = Task()
+    bench.train(one)
+    said = arguments(bench)
+    student = bench.out / f"{later.starts_from}-1-seed1" / "students" / f"{one.steps}.safetensors"
+    assert after(said, "--init") == [str(student)] and waited == [True]
+
+
 def test_a_failing_command_is_one_sentence_that_names_its_log(tmp_path):
     bench = Bench(tmp_path, work=1, samples=1)
     with pytest.raises(BadInput, match=r"try: toolkit.distill ended with exit code 2; .*try\.txt"):

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     log.info("%d contenders, %d runs, %d at once", len(chosen), count, asked.jobs)
     with ThreadPoolExecutor(asked.jobs) as pool:
         own = [contender for contender in chosen if not contender.students_of]
-        tasks = [pool.submit(bench.run, one, chosen) for contender in own for one in runs_of(contender)]
+        for one in (one for contender in own for one in runs_of(contender)):
+            bench.tasks[one.name] = pool.submit(bench.run, one, chosen)
         try:
-            for task in tasks:
+            for task in bench.tasks.values():
                 task.result()
         except BaseException:
             bench.stop()
@@ -109,6 +110,7 @@ class Bench:
         self.out, self.work, self.samples = out, work, samples
         self.running: set[subprocess.Popen[bytes]] = set()
         self.drawing, self.measuring = threading.Lock(), threading.Lock()
+        self.tasks: dict[str, Future[None]] = {}
         self.stopped = False
 
     def begin(self) -> None:
@@ -142,12 +144,24 @@ class Bench:
         }
         if one.contender.draws:
             options["data"] = str(self.drawings())
+        if one.contender.starts_from:
+            options["init"] = str(self.start_of(one))
         if (folder / "config.toml").exists():
             said = ["--demo", "--method", str(options["method"]), "--out", str(folder), "--resume"]
         else:
             updates = one.contender.updates or self.updates(options)
             said = ["--demo", *_arguments({**options, "updates": updates})]
         self._call(one.name, "toolkit.distill", said)
+
+    def start_of(self, one: Run) -> Path:
+        """The student that a run goes on from, of the same seed; what makes it was begun before."""
+        for other in CONTENDERS:
+            for earlier in runs_of(other) if other.name == one.contender.starts_from else []:
+                if earlier.seed == one.seed and (earlier.steps == one.steps or other.chain):
+                    if earlier.name in self.tasks:
+                        self.tasks[earlier.name].result()
+                    return self.out / earlier.name / "students" / f"{one.steps}.safetensors"
+        raise ValueError(f"{one.name}: nobody makes a student of {one.steps} steps for it")
 
     def updates(self, options: Mapping[str, Any]) -> tuple[int, ...]:
         """Of each phase, so that the phases have equal parts of the work."""

@@ -21,7 +21,8 @@ class Contender:
     ``options`` of ``toolkit.distill``, by name. ``updates`` fixes them, one number a phase, where the
     contender is not held to the common work. ``measured_at``: of the teacher's samplers, and of students that
     run at any number; ``samples`` None as the comparison wants it. ``chain``: the students of every phase are
-    measured. ``draws``: learns from drawings. ``students_of``: another's students are measured, no own ones.
+    measured. ``draws``: learns from drawings. ``students_of``: another's students are measured, no own ones;
+    ``starts_from``: each goes on from that one's student of as many steps.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Contender:
     chain: bool = False
     draws: bool = False
     students_of: str = ""
+    starts_from: str = ""
     group: str = "methods at equal work"
 
 
@@ -46,9 +48,12 @@ HALVING: Mapping[str, Any] = {"method": "progressive", "origin": "guided"}
 CONSISTENCY: Mapping[str, Any] = {"method": "consistency"}
 LONG: Mapping[str, Any] = {**HALVING, "finest": 16, "pictures": 6144, "trajectory_share": 0.5, "ema": 0.995}
 LONG_UPDATES = (3000, 1200, 2000, 2500, 2500)
+SHARPENED: Mapping[str, Any] = {**SFDDM, "sharpen": 0.25, "lr": 2e-4}
+SHARPENED_UPDATES = (100, 600)
 
 ABLATIONS = "what decides the defaults (one fold, but for what is named)"
 RECIPE = "the README's longer run"
+DIAL = "the README's longer run, at other guidances"
 ANY = "any number of steps by one fold"
 
 CONTENDERS: tuple[Contender, ...] = (
@@ -147,6 +152,18 @@ CONTENDERS: tuple[Contender, ...] = (
         group="without guidance",
     ),
     Contender(
+        "sharpened",
+        "then `sfddm --sharpen 0.25`",
+        SHARPENED,
+        steps=(2, 1),
+        seeds=3,
+        guidances=(4.0,),
+        samples=2048,
+        updates=SHARPENED_UPDATES,
+        starts_from="recipe",
+        group=RECIPE,
+    ),
+    Contender(
         "recipe-dial",
         "stage 1, four halvings",
         LONG,
@@ -155,7 +172,17 @@ CONTENDERS: tuple[Contender, ...] = (
         guidances=(1.0, 2.0, 8.0),
         chain=True,
         students_of="recipe",
-        group="the README's longer run, the dial",
+        group=DIAL,
+    ),
+    Contender(
+        "sharpened-dial",
+        "then `sfddm --sharpen 0.25`",
+        SHARPENED,
+        steps=(2, 1),
+        seeds=3,
+        guidances=(1.0, 2.0, 8.0),
+        students_of="sharpened",
+        group=DIAL,
     ),
     Contender(
         "recipe-strengths",
