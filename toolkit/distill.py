@@ -5,6 +5,8 @@ examples:
   python -m toolkit.distill --ckpt model.safetensors --dry-run
   python -m toolkit.distill --ckpt model.safetensors --steps 4 --guidance 1 12
   python -m toolkit.distill --ckpt model.safetensors --resume
+  python -m toolkit.distill --finish --out runs/model-progressive-4
+  python -m toolkit.distill --ckpt model.safetensors --init runs/model-progressive-4/student.safetensors --steps 2
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import signal
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .assembly import Teacher, data_request, phases_of, plan_run, run_all, settle
+from .assembly import Teacher, data_request, finish, phases_of, plan_run, run_all, settle
 from .command import print_json, run
 from .diffusion.errors import BadInput
 from .methods import find_methods, options_of
@@ -31,20 +33,26 @@ from .training.settings import Settings, read_config, to_toml
 
 log = logging.getLogger("fewstep")
 
-NOT_SETTINGS = ("resume", "dry_run", "json", "config", "vram")
+NOT_SETTINGS = ("resume", "finish", "dry_run", "json", "config", "vram")
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     options = _parse()
-    config = _stored(options) if options.resume else _config_file(options)
+    begun = options.resume or options.finish
+    config = _stored(options) if begun else _config_file(options)
     given = {name: v for name, v in vars(options).items() if v is not None and name not in NOT_SETTINGS}
     teacher = Teacher.open({**config, **given})
     free = None if options.vram is None else round(options.vram * GIB)
     settings, reasons = settle(given, config, teacher, free=free)
-    phases = phases_of(settings, teacher.checkpoint)
+    phases = phases_of(settings, teacher)
     request = data_request(settings, phases, teacher)
     out = Path(settings.out)
+    if options.finish:
+        answer = finish(settings, phases, teacher, request)
+        if options.json:
+            print_json(answer)
+        return
     if options.resume and not options.dry_run:
         log.info("going on with %s", out)
     else:
@@ -117,6 +125,11 @@ def _parse() -> argparse.Namespace:
     )
     add(
         "--out", metavar="DIR", help="everything the run writes (default: runs/<checkpoint>-<method>-<steps>)"
+    )
+    add(
+        "--init",
+        metavar="STUDENT",
+        help="start from a finished student of this teacher: more updates, or a further halving",
     )
     add("--method", help=f"{', '.join(methods)} (default: progressive)")
     add("--steps", type=int, metavar="N", help="evaluations of the finished student (default: 4)")
@@ -233,7 +246,13 @@ def _parse() -> argparse.Namespace:
     )
     add("--config", metavar="FILE.toml", help="any of these; flags win")
     add("--dry-run", action="store_true", help="print the plan and stop")
-    add("--resume", action="store_true", help="go on exactly where the run in --out stands")
+    begun = parser.add_mutually_exclusive_group()
+    begun.add_argument("--resume", action="store_true", help="go on exactly where the run in --out stands")
+    begun.add_argument(
+        "--finish",
+        action="store_true",
+        help="write the best student so far of the run in --out, with its report; it can still go on",
+    )
     add("--json", action="store_true", help="machine-readable answer on stdout")
     group = parser.add_argument_group(f"method {method}", (methods[method].__doc__ or "").splitlines()[0])
     for option in options_of(methods[method]):
@@ -297,7 +316,9 @@ def _plain(value: Any) -> Any:
 def _default_out(options: argparse.Namespace) -> Path:
     name = Path(options.ckpt).stem if options.ckpt else "demo" if options.demo else None
     if name is None:
-        raise BadInput("--resume needs --out, or the --ckpt or --demo that the run was started with")
+        raise BadInput(
+            "--resume and --finish need --out, or the --ckpt or --demo that the run was started with"
+        )
     steps = options.steps or (2 if options.demo else 4)
     return Path("runs") / f"{name}-{options.method or 'progressive'}-{steps}"
 

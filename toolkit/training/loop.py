@@ -33,7 +33,7 @@ from ..diffusion.method import Batch, Criticism, Phase
 from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import NoiseSchedule
 from ..runtime.files import atomic_path
-from .adapters import COND_PROJ, Holder, LoraShape, OneNetwork, Trained, TwoNetworks
+from .adapters import COND_PROJ, Holder, LoraShape, OneNetwork, State, Trained, TwoNetworks
 from .guests import Guests
 from .networks import DTYPES
 from .samples import GuidanceRange, Order, Samples, derived_seed, draw_batch
@@ -66,6 +66,14 @@ class LoopSettings:
 
 
 @dataclass(frozen=True, eq=False)
+class Start:
+    """Weights that a run begins with instead of its teacher's; ``load`` gives them as ``finished`` gets them."""
+
+    prediction_type: PredictionType
+    load: Callable[[], State]
+
+
+@dataclass(frozen=True, eq=False)
 class Job:
     """What the loop works on, and whom it tells.
 
@@ -84,6 +92,7 @@ class Job:
     look: Callable[[str, NetworkDenoiser, Phase], None]
     out: Path
     guests: Guests = field(default_factory=Guests)
+    start: Start | None = None
 
 
 @dataclass
@@ -114,13 +123,15 @@ def train(job: Job, settings: LoopSettings, *, device: torch.device) -> None:
         tqdm(total=sum(settings.updates), initial=done, unit="update", dynamic_ncols=True) as bar,
         stop_requests() as stop,
     ):
-        if saved is None:
+        if saved is None and job.start is None:
             start = NetworkDenoiser(holder.untrained(), job.schedule, job.teacher_prediction)
             job.look("start", start, job.phases[0])
         for index in range(progress.phase, len(job.phases)):
             trainer = PhaseTrainer(job, settings, index, holder, scaler, device)
             if saved is not None and "student" in saved:
                 trainer.restore(saved)
+            elif saved is None and job.start is not None and index == 0:
+                trainer.look("start")
             saved = None
             bar.set_description(job.phases[index].name)
             trainer.run(bar, stop)
@@ -172,12 +183,12 @@ class PhaseTrainer:
             seed=derived_seed(settings.seed, index, -1),
         )
         self.state_path = job.out / "state" / "latest.pt"
-        previous = load_state(job.out / "state" / f"phase-{index - 1}.pt")
+        previous, predicted = self._before()
         criticism = self.phase.criticism
         pair = holder.pair(previous, teacher=self.phase.teacher, critic=criticism is not None)
         prediction = job.teacher_prediction
         if self.phase.teacher == "previous" and previous is not None:
-            prediction = job.phases[index - 1].prediction_type
+            prediction = predicted
         self.teacher = NetworkDenoiser(pair.teacher, job.schedule, prediction)
         self.student = NetworkDenoiser(pair.student, job.schedule, self.phase.prediction_type)
         self.trained = pair.trained
@@ -193,6 +204,14 @@ class PhaseTrainer:
         if criticism is not None and pair.critic is not None:
             watching = NetworkDenoiser(pair.critic.network, job.schedule, job.teacher_prediction)
             self.critic = Critic(criticism, pair.critic, watching, lr=settings.critic_lr)
+
+    def _before(self) -> tuple[State | None, PredictionType]:
+        """The weights that the phase begins with, if not the teacher's, and what they predict."""
+        if self.index:
+            state = load_state(self.job.out / "state" / f"phase-{self.index - 1}.pt")
+            return state, self.job.phases[self.index - 1].prediction_type
+        start = self.job.start
+        return (None, self.job.teacher_prediction) if start is None else (start.load(), start.prediction_type)
 
     def run(self, bar: tqdm[Any], stop: StopFlag) -> None:
         """Updates to the end of the phase, saving the state and looking at samples by the clock."""
