@@ -64,7 +64,7 @@ from .training.networks import (
     place,
     random_cond,
 )
-from .training.plan import Plan, make_plan, measure
+from .training.plan import Costs, Plan, make_plan, measure
 from .training.prompts import STYLES, built_in_prompts, read_prompts, style_of, with_triggers
 from .training.samples import GuidanceRange, Samples, content_key
 from .training.settings import (
@@ -470,23 +470,15 @@ def _content(settings: Settings, checkpoint: Checkpoint) -> str:
     return content_key(parts)
 
 
-def plan_run(
-    settings: Settings,
-    phases: Sequence[Phase],
-    teacher: Teacher,
-    request: DataRequest,
-    *,
-    free: int | None = None,
-) -> Plan:
-    """Measure the network briefly, at the largest of the sizes, and add up what the run will cost;
-    ``free`` as for :func:`settle`.
-    """
+def measure_costs(
+    settings: Settings, phases: Sequence[Phase], teacher: Teacher, request: DataRequest
+) -> Costs:
+    """The network briefly timed, at the largest of the sizes."""
     _require_parts(teacher.checkpoint)
     device = torch.device(settings.device)
-    free = free_memory(device) if free is None else free
     student, trained = _measurable(settings, phases, teacher.checkpoint, device)
     batch = min(settings.micro_batch, settings.batch_size)
-    costs = measure(
+    return measure(
         student,
         trained=trained,
         latent=_seen_shape(max(request.sizes, key=math.prod), teacher.checkpoint),
@@ -496,7 +488,20 @@ def plan_run(
         device=device,
         precision=settings.precision,
     )
-    del student, trained
+
+
+def plan_run(
+    settings: Settings,
+    phases: Sequence[Phase],
+    teacher: Teacher,
+    request: DataRequest,
+    costs: Costs,
+    *,
+    free: int | None = None,
+) -> Plan:
+    """Add up what the run will cost, from what was measured; ``free`` as for :func:`settle`."""
+    free = free_memory(torch.device(settings.device)) if free is None else free
+    batch = min(settings.micro_batch, settings.batch_size)
     folder = request.folder(Path(settings.cache_dir))
     loop = _loop_settings(settings, teacher.checkpoint)
     return make_plan(

@@ -4,9 +4,10 @@ examples:
   python -m toolkit.distill --demo
   python -m toolkit.distill --ckpt model.safetensors --dry-run
   python -m toolkit.distill --ckpt model.safetensors --steps 4 --guidance 1 12
+  python -m toolkit.distill --ckpt model.safetensors --hours 8 --watch
   python -m toolkit.distill --ckpt model.safetensors --resume
   python -m toolkit.distill --finish --out runs/model-progressive-4
-  python -m toolkit.distill --ckpt model.safetensors --init runs/model-progressive-4/student.safetensors --steps 2
+  python -m toolkit.distill --ckpt model.safetensors --init students/4.safetensors --steps 2
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ import signal
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .assembly import Teacher, data_request, finish, phases_of, plan_run, run_all, settle
+from .assembly import (
+    Teacher,
+    data_request,
+    finish,
+    measure_costs,
+    phases_of,
+    plan_run,
+    run_all,
+    settle,
+)
+from .budget import fit_run
 from .command import print_json, run
 from .diffusion.errors import BadInput
 from .methods import find_methods, options_of
@@ -33,7 +44,7 @@ from .training.settings import Settings, read_config, to_toml
 
 log = logging.getLogger("fewstep")
 
-NOT_SETTINGS = ("resume", "finish", "dry_run", "json", "config", "vram")
+NOT_SETTINGS = ("resume", "finish", "hours", "dry_run", "json", "config", "vram")
 
 
 def main() -> None:
@@ -44,7 +55,17 @@ def main() -> None:
     given = {name: v for name, v in vars(options).items() if v is not None and name not in NOT_SETTINGS}
     teacher = Teacher.open({**config, **given})
     free = None if options.vram is None else round(options.vram * GIB)
-    settings, reasons = settle(given, config, teacher, free=free)
+    hours, costs = config.pop("hours", None) if options.hours is None else options.hours, None
+    if hours is not None:
+        if begun:
+            raise BadInput("--hours is for a new run; leave it out to go on with this one")
+        flags, says, costs = fit_run(hours, given, config, teacher, free=free)
+        log.info("%s", says)
+        given |= flags
+        settings, reasons = settle(given, config, teacher, free=free)
+        reasons |= dict.fromkeys(flags, f"--hours {hours:g}")
+    else:
+        settings, reasons = settle(given, config, teacher, free=free)
     phases = phases_of(settings, teacher)
     request = data_request(settings, phases, teacher)
     out = Path(settings.out)
@@ -58,7 +79,8 @@ def main() -> None:
     else:
         if not options.dry_run and (out / "config.toml").exists():
             raise BadInput(f"{out} holds a run already; go on with it by --resume, or choose another --out")
-        plan = plan_run(settings, phases, teacher, request, free=free)
+        costs = costs or measure_costs(settings, phases, teacher, request)
+        plan = plan_run(settings, phases, teacher, request, costs, free=free)
         _print_plan(plan, settings, reasons)
         log.info("%s", request.summary())
         for line in teacher.lora_lines():
@@ -198,6 +220,12 @@ def _parse() -> argparse.Namespace:
         metavar="N",
         help="updates: one number for all phases, or one a phase",
     )
+    add(
+        "--hours",
+        type=float,
+        metavar="H",
+        help="instead of updates: fit method, updates and pictures to this time on this machine",
+    )
     add("--lr", type=float, help="learning rate")
     add("--warmup", type=int, metavar="N", help="updates to reach it in each phase (default: 100)")
     add("--clip", type=float, help="gradient norm at most (default: 1)")
@@ -283,6 +311,7 @@ def _known() -> dict[str, Any]:
     """Every key that a config file may hold, and its type."""
     kinds = {name: kind for name, kind in get_type_hints(Settings).items() if name != "method_config"}
     methods = find_methods().values()
+    kinds["hours"] = float
     return kinds | {option.name: option.kind for method in methods for option in options_of(method)}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Earlier:
 
     def place(self, phases: Sequence[Phase]) -> int | None:
         """Which of the phases it would have come out of, if another one imitates that phase's student."""
-        for index, (phase, later) in enumerate(zip(phases, phases[1:], strict=False)):
+        for index, (phase, later) in enumerate(pairwise(phases)):
             same = phase.grid.timesteps == self.spec.timesteps and phase.sampler == self.spec.sampler
             if same and later.teacher == "previous":
                 return index
@@ -85,16 +86,16 @@ class Earlier:
         if phases[0].dial != (self.spec.w_embedding is not None):
             has, wants = ("a", "none") if self.spec.w_embedding is not None else ("no", "one")
             raise BadInput(
-                f"--init {self.path}: this student has {has} guidance dial and the run asks for {wants}; leave "
-                "out --guidance and --method, or start without --init"
+                f"--init {self.path}: this student has {has} guidance dial and the run asks for {wants}; "
+                "leave out --guidance and --method, or start without --init"
             )
         low, high = guidance
         if (place := self.place(phases)) is not None:
             if low < self.spec.guidance_min or high > self.spec.guidance_max:
                 raise BadInput(
-                    f"--init {self.path}: this student was trained for guidance {self.spec.guidance_min:g} to "
-                    f"{self.spec.guidance_max:g} and is to be imitated from {low:g} to {high:g}; leave out "
-                    "--guidance"
+                    f"--init {self.path}: this student was trained for guidance {self.spec.guidance_min:g} "
+                    f"to {self.spec.guidance_max:g} and is to be imitated from {low:g} to {high:g}; leave "
+                    "out --guidance"
                 )
             if negative != self.spec.negative:
                 raise BadInput(
@@ -125,8 +126,8 @@ def _problem(spec: StudentSpec, teacher: Checkpoint) -> str | None:
         return "one guidance is baked into this file; give the student that it was exported from"
     if spec.teacher_sha256 != teacher.sha256:
         return (
-            f"this student was distilled from {spec.teacher_name} (SHA-256 {spec.teacher_sha256[:12]}), and the "
-            f"teacher of this run is {teacher.name} ({teacher.sha256[:12]}); give its own teacher as --ckpt"
+            f"this student was distilled from {spec.teacher_name} (SHA-256 {spec.teacher_sha256[:12]}), and "
+            f"the teacher of this run is {teacher.name} ({teacher.sha256[:12]}); give its own as --ckpt"
         )
     if spec.loras != teacher.loras:
         names = [

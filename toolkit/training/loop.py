@@ -67,7 +67,7 @@ class LoopSettings:
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """Weights that a run begins with instead of its teacher's; ``load`` gives them as ``finished`` gets them."""
+    """Weights that a run begins with instead of its teacher's, by the names that ``finished`` gets."""
 
     prediction_type: PredictionType
     load: Callable[[], State]

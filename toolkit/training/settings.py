@@ -151,8 +151,8 @@ def resolve(
     student: str,
     earlier: Mapping[str, Any] | None = None,
 ) -> Resolved:
-    """Flags over the config file over what an ``earlier`` student did over the defaults of the demo, of LoRAs,
-    of the network's size, and of the house.
+    """Flags over the config file, over what an ``earlier`` student did, over the defaults of the demo, of
+    LoRAs, of the network's size, and of the house.
     """
     small = parameters < SMALL_PARAMETERS
     layers = [
