@@ -50,7 +50,7 @@ def test_in_little_time_the_teacher_paints_fewer_pictures_but_never_too_few():
     found = fitted(3, slow, asked=True)
     assert 256 < found.pictures < 2048 and seconds(found, slow) == pytest.approx(3 * 3600 * 0.9, rel=0.01)
     assert f"{found.pictures} of the teacher's pictures instead of 2048" in found.says
-    assert fitted(9, dataclasses.replace(slow, data=60 * 3600), asked=True).pictures == 256
+    assert fitted(12, dataclasses.replace(slow, data=60 * 3600), asked=True).pictures == 256
     kept = fitted(4, dataclasses.replace(slow, fixed=True), asked=True)
     assert kept.pictures == 2048
 

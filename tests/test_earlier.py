@@ -90,7 +90,7 @@ def test_a_student_takes_the_place_of_the_phase_that_would_have_made_it(teacher)
     left = earlier.remaining(chain, guidance=(1, 8), negative="")
     assert [phase.name for phase in left] == ["fold-2", "fold-1"] and left[0].teacher == "previous"
     stage_1 = dataclasses.replace(earlier, spec=spec_of(teacher, 16, method="guided"))
-    assert [p.name for p in stage_1.remaining(chain, guidance=(1, 8), negative="")][0] == "fold-8"
+    assert stage_1.remaining(chain, guidance=(1, 8), negative="")[0].name == "fold-8"
     other = dataclasses.replace(earlier, spec=spec_of(teacher, 3))
     assert other.remaining(chain, guidance=(1, 15), negative="x") == chain
     stochastic = dataclasses.replace(earlier, spec=spec_of(teacher, 4, sampler="stochastic"))

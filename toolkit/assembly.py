@@ -48,7 +48,7 @@ from .training.earlier import Earlier
 from .training.families import Override
 from .training.guests import Guest, Guests, parse_range
 from .training.image_samples import MASKS_EACH, ImageSampleRequest, make_image_samples
-from .training.loop import Job, LoopSettings, Start, train
+from .training.loop import Job, LoopSettings, Start, keep_verdict, train
 from .training.lora import LoraFile, merge_loras, parse_lora, read_lora
 from .training.masks import SHARES, Pictures
 from .training.memory import Needs, Route, choose_route, free_memory
@@ -673,9 +673,15 @@ def _spec(settings: Settings, checkpoint: Checkpoint, phase: Phase) -> StudentSp
 
 
 def run_all(
-    settings: Settings, phases: Sequence[Phase], teacher: Teacher, request: DataRequest
+    settings: Settings,
+    phases: Sequence[Phase],
+    teacher: Teacher,
+    request: DataRequest,
+    told: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Data, training, students, report; each goes on where it was left."""
+    """Data, training, students, report; each goes on where it was left. ``told`` hears each line of
+    run.jsonl.
+    """
     out, checkpoint = Path(settings.out), teacher.checkpoint
     samples = _make_samples(settings, teacher, request)
     data = request.outcome(samples)
@@ -700,9 +706,12 @@ def run_all(
         out=out,
         guests=teacher.guests,
         start=Start(earlier.spec.prediction_type, earlier.state) if (earlier := teacher.earlier) else None,
+        told=told or (lambda line: None),
+        pilot_pictures=min(4, settings.report_prompts),
     )
     train(job, _loop_settings(settings, checkpoint), device=torch.device(settings.device))
     verdict = _report(settings, phases, teacher, data)
+    keep_verdict(out, verdict or "finished")
     student = out / "student.safetensors"
     log.info("data: %s\nstudent: %s\nreport: %s\n%s", data, student, out / "report.html", verdict or "")
     return {"out": str(out), "student": str(student), "verdict": verdict, "data": data}

@@ -60,7 +60,7 @@ class Fit:
 
 def fit(offers: Sequence[Offer], *, hours: float, report: float, asked: bool) -> Fit:
     """The first of the offers that has enough of its updates in the time; BadInput, with what would fit,
-    where none has. ``report``: seconds for pictures on the way and at the end; ``asked``: the method was said.
+    where none has. ``report``: seconds for the pictures at the end; ``asked``: the method was said.
     """
     room = 3600 * hours * (1 - MARGIN) - report
     shares: list[float] = []
@@ -84,17 +84,17 @@ def fit(offers: Sequence[Offer], *, hours: float, report: float, asked: bool) ->
                 says += f"; {pictures} of the teacher's pictures instead of {offer.pictures}"
             return Fit(offer.method, tuple(max(1, round(u * used)) for u in offer.usual), pictures, says)
     raise BadInput(
-        f"--hours {hours:g} is too short on this machine: {_least(offers[-1], report)}; give that much, or try "
-        "a smaller --resolution"
+        f"--hours {hours:g} is too short on this machine: {_least(offers[-1], report)}; give that much, or "
+        "try a smaller --resolution"
     )
 
 
 def _pictures(offer: Offer, room: float) -> int:
-    """As many as their share of the time allows, in the usual number at most."""
-    if offer.fixed or offer.data <= DATA_SHARE * room:
+    """As many as their share of the time and the least training allow, the usual number at most."""
+    seconds = max(0.0, min(DATA_SHARE * room, room - LEAST_SHARE * offer.training))
+    if offer.fixed or offer.data <= seconds:
         return offer.pictures
-    allowed = int(offer.pictures * DATA_SHARE * max(room, 0.0) / offer.data)
-    return min(offer.pictures, max(LEAST_PICTURES, allowed))
+    return min(offer.pictures, max(LEAST_PICTURES, int(offer.pictures * seconds / offer.data)))
 
 
 def _least(offer: Offer, report: float) -> str:

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import logging
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -33,9 +34,12 @@ from .assembly import (
 from .budget import fit_run
 from .command import print_json, run
 from .diffusion.errors import BadInput
+from .evaluation.watch import watched
 from .methods import find_methods, options_of
 from .opening import OVERRIDE_HELP
 from .runtime.files import atomic_path
+from .training.board import tensorboard
+from .training.loop import STOPS
 from .training.memory import GIB
 from .training.networks import DTYPES
 from .training.plan import Plan, require_disk
@@ -44,11 +48,13 @@ from .training.settings import Settings, read_config, to_toml
 
 log = logging.getLogger("fewstep")
 
-NOT_SETTINGS = ("resume", "finish", "hours", "dry_run", "json", "config", "vram")
+NOT_SETTINGS = ("resume", "finish", "hours", "watch", "tensorboard", "dry_run", "json", "config", "vram")
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _terminate)
     options = _parse()
     begun = options.resume or options.finish
     config = _stored(options) if begun else _config_file(options)
@@ -104,7 +110,11 @@ def main() -> None:
         _make_cache(Path(settings.cache_dir))
         with atomic_path(out / "config.toml") as temporary:
             temporary.write_text(to_toml(settings), encoding="utf-8")
-    answer = run_all(settings, phases, teacher, request)
+    with ExitStack() as helpers:
+        told = helpers.enter_context(tensorboard(out)) if options.tensorboard else None
+        if options.watch:
+            log.info("watch the run at %s", helpers.enter_context(watched(out)))
+        answer = run_all(settings, phases, teacher, request, told)
     if options.json:
         print_json(answer)
 
@@ -281,6 +291,12 @@ def _parse() -> argparse.Namespace:
         action="store_true",
         help="write the best student so far of the run in --out, with its report; it can still go on",
     )
+    add(
+        "--watch",
+        action="store_true",
+        help="a page on this machine alone, with pictures, loss, time left and verdict so far",
+    )
+    add("--tensorboard", action="store_true", help="logs for TensorBoard in the run's folder")
     add("--json", action="store_true", help="machine-readable answer on stdout")
     group = parser.add_argument_group(f"method {method}", (methods[method].__doc__ or "").splitlines()[0])
     for option in options_of(methods[method]):
