@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ def watched(out: Path) -> Generator[str]:
 
 class RunServer(ThreadingHTTPServer):
     daemon_threads = True
+    allow_reuse_address = os.name != "nt"  # on Windows it would let two programs have one port
 
     def __init__(self, out: Path, port: int = 0) -> None:
         super().__init__((HERE, port), _Handler)

@@ -19,8 +19,8 @@ def tensorboard(out: Path) -> Generator[Callable[[dict[str, Any]], None]]:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError:
         raise BadInput(
-            "--tensorboard needs the package tensorboard, which is not installed; pip install tensorboard, or "
-            "leave it out and take --watch"
+            "--tensorboard needs the package tensorboard, which is not installed; pip install tensorboard, "
+            "or take --watch instead"
         ) from None
     writer: Any = SummaryWriter(str(out / "tensorboard"), flush_secs=20)
 
