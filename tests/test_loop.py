@@ -452,6 +452,25 @@ def test_the_pilot_changes_nothing_of_a_run_that_goes_well(tmp_path):
     assert equal(piloted["guided"], plain["guided"])
 
 
+def test_a_state_is_on_the_disk_before_it_takes_the_place_of_the_last(tmp_path, monkeypatch):
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(number: int) -> None:
+        done.append("synced")
+        fsync(number)
+
+    def replaced(source: Path, target: Path) -> None:
+        done.append("replaced")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    loop.save_state(tmp_path / "latest.pt", {"a": torch.ones(2)})
+    assert done == ["synced", "replaced"]
+    assert torch.equal(torch.load(tmp_path / "latest.pt", weights_only=True)["a"], torch.ones(2))
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has another signal for closed windows")
 def test_a_closed_terminal_asks_for_a_stop_unless_it_is_to_be_ignored():
     with stop_requests() as stop:
