@@ -354,7 +354,9 @@ def test_a_stopped_run_is_finished_early_goes_on_and_starts_another(
     says = "the student of phase fold-2 as it was after 2 of 3 updates"
     assert says in (out / "report.html").read_text(encoding="utf-8")
     so_far = (out / "student.safetensors").read_bytes()
-    call(["--resume", "--out", str(out)])
+    with caplog.at_level("INFO"):
+        call(["--resume", "--out", str(out), "--watch"])
+    assert "watch the run at http://127.0.0.1:" in caplog.text
     assert (
         (out / "student.safetensors").read_bytes() == (out / "students/2.safetensors").read_bytes() != so_far
     )

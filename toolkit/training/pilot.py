@@ -3,7 +3,7 @@
 Three signs: whether all weights are finite; whether the loss falls; and how far the pictures' latents are
 from those that are learned from, in mean and spread a channel. A loss that has the student itself as its
 target says nothing (of five consistency runs that ended well, one's rose sixfold), so it is not asked there;
-all others, in 41 runs on the demo, had fallen or risen by less than 10 % a third into their first phase.
+all others, in 35 runs on the demo, had fallen or risen by less than 10 % a third into their first phase.
 """
 
 from __future__ import annotations
