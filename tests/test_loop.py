@@ -473,14 +473,13 @@ def test_a_state_is_on_the_disk_before_it_takes_the_place_of_the_last(tmp_path, 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has another signal for closed windows")
 def test_a_closed_terminal_asks_for_a_stop_unless_it_is_to_be_ignored():
-    with stop_requests() as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.requested
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
-        with stop_requests() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop.requested
+        for handler, asks in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+            signal.signal(signal.SIGHUP, handler)
+            with stop_requests() as stop:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert stop.requested is asks
     finally:
         signal.signal(signal.SIGHUP, before)
 
