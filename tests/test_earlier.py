@@ -112,7 +112,9 @@ def test_what_the_earlier_student_predicts_is_kept_unless_there_are_fewer_steps_
 
     velocity = spec_of(teacher, 2, prediction_type="v_prediction")
     assert predicted(4, sfddm, velocity) == ["v_prediction"]
-    assert predicted(1, progressive, velocity) == ["v_prediction"]
+    assert predicted(1, sfddm, spec_of(teacher, 4, prediction_type="v_prediction")) == ["v_prediction"]
+    assert predicted(3, sfddm, spec_of(teacher, 4, prediction_type="v_prediction")) == ["v_prediction"]
+    assert predicted(3, sfddm, spec_of(teacher, 4)) == ["epsilon"]
     assert predicted(2, consistency, spec_of(teacher, 2)) == ["epsilon"]
     assert predicted(2, progressive, spec_of(teacher, 4)) == ["v_prediction"]
 
