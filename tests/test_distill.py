@@ -329,6 +329,67 @@ def test_a_lora_is_merged_first_recorded_and_part_of_what_samples_are_found_by(
         call([*arguments, "--lora", f"{style}:0.7", "--resume"])
 
 
+def test_a_stopped_run_is_finished_early_goes_on_and_starts_another(
+    arguments, call, tmp_path, monkeypatch, caplog
+):
+    step, steps = loop.PhaseTrainer.step, 0
+
+    def stopping(self):
+        nonlocal steps
+        steps += 1
+        if steps == 5:  # the second of the second phase
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    out = tmp_path / "run"
+    with pytest.raises(BadInput, match="holds no run to go on with"):
+        call(["--finish", "--out", str(out)])
+    monkeypatch.setattr(loop.PhaseTrainer, "step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        call(arguments)
+    assert not (out / "student.safetensors").exists()
+    call(["--finish", "--out", str(out)])
+    spec = read_spec(out / "student.safetensors")
+    assert spec is not None and spec.timesteps == (999, 499) and not (out / "students/2.safetensors").exists()
+    says = "the student of phase fold-2 as it was after 2 of 3 updates"
+    assert says in (out / "report.html").read_text(encoding="utf-8")
+    so_far = (out / "student.safetensors").read_bytes()
+    with caplog.at_level("INFO"):
+        call(["--resume", "--out", str(out), "--watch"])
+    assert "watch the run at http://127.0.0.1:" in caplog.text
+    assert (
+        (out / "student.safetensors").read_bytes() == (out / "students/2.safetensors").read_bytes() != so_far
+    )
+    place = arguments.index("--steps")
+    del arguments[place : place + 2]
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "further")
+    call([*arguments, "--init", str(out / "student.safetensors"), "--steps", "1"])
+    spec = read_spec(tmp_path / "further" / "student.safetensors")
+    assert spec is not None and spec.timesteps == (999,) and spec.guidance_max == 8
+    assert [path.name for path in (tmp_path / "further" / "students").iterdir()] == ["1.safetensors"]
+    page = (tmp_path / "further" / "report.html").read_text(encoding="utf-8")
+    assert "a student of 2 steps, method progressive" in page
+
+
+def test_hours_choose_updates_and_method_and_say_why(arguments, call, tmp_path, capsys, caplog):
+    for name in ("--updates", "--finest"):
+        place = arguments.index(name)
+        del arguments[place : place + 2]
+    with caplog.at_level("INFO"):
+        call([*arguments, "--hours", "1000", "--dry-run", "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert "1000 h allow 4 of the usual updates of method progressive" in caplog.text
+    assert answer["settings"]["updates"] == [6000, 2400, 2400, 3200]
+    assert answer["reasons"]["updates"] == "--hours 1000"
+    with pytest.raises(BadInput, match=r"--hours 1e-05 is too short on this machine: .* take about .* h"):
+        call([*arguments, "--hours", "0.00001"])
+    with pytest.raises(BadInput, match="leave out --updates"):
+        call([*arguments, "--hours", "1", "--updates", "3"])
+    with pytest.raises(BadInput, match="--hours 0: expected a number above 0"):
+        call([*arguments, "--hours", "0"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_single_fold_to_a_list_of_timesteps_stochastic_unguided_and_as_a_lora(arguments, call, tmp_path):
     for name in ("--finest", "--guidance-default"):
         place = arguments.index(name)

@@ -25,15 +25,20 @@ from toolkit.diffusion.prediction import prediction_from_velocity
 from toolkit.diffusion.schedule import NoiseSchedule
 from toolkit.methods import find_methods
 from toolkit.methods.progressive import Config, phases
+from toolkit.training import loop
 from toolkit.training.adapters import LoraShape, OneNetwork
 from toolkit.training.loop import (
     Interrupted,
     Job,
     LoopSettings,
     Progress,
+    Start,
     cut_back,
+    keep_verdict,
     lr_factor,
+    stop_requests,
     train,
+    verdict_path,
 )
 from toolkit.training.networks import UNetNetwork
 from toolkit.training.samples import GuidanceRange, Order, Samples
@@ -351,6 +356,152 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_pa
         )
     train(work, SETTINGS, device=CPU)
     assert list(students) == ["guided", "fold-1"]
+
+
+def test_a_loss_that_is_not_finite_before_anything_was_learned_is_not_blamed_on_the_rate(tmp_path):
+    for precision, flag in (("bf16", "--precision fp32"), ("fp32", "another --cache-dir")):
+        work, _ = job(tmp_path / precision)
+        broken = [dataclasses.replace(p, loss=watch(p.loss, lambda: math.nan)) for p in work.phases]
+        settings = dataclasses.replace(SETTINGS, precision=precision)
+        with pytest.raises(BadInput, match=f"nan at update 0 of phase guided.*{flag}"):
+            train(dataclasses.replace(work, phases=broken), settings, device=CPU)
+
+
+@EITHER
+def test_a_run_that_starts_from_a_student_begins_with_it_and_may_imitate_it(tmp_path, settings):
+    work, students = job(tmp_path / "first")
+    train(work, settings, device=CPU)
+    start = Start("epsilon", lambda: students["guided"])
+    looked: list[str] = []
+    still = dataclasses.replace(settings, updates=(1,), lr=1e-12)
+    work, after = job(tmp_path / "second", start=start, look=lambda name, *rest: looked.append(name))
+    train(dataclasses.replace(work, phases=work.phases[:1]), still, device=CPU)
+    for name, value in students["guided"].items():
+        assert torch.allclose(after["guided"][name], value, atol=1e-6)
+    assert looked == ["start", "guided"]
+
+    same: list[bool] = []
+    folds = phases(Config(finest=2, velocity_at=0), Setting(SCHEDULE, "epsilon", 1))[1:]
+
+    def compared(*, student, teacher, batch, generator):
+        sigma = SCHEDULE.sigma(torch.full((len(batch.x0),), 500)).float()
+        with torch.no_grad():
+            answers = [d.velocity(batch.x0, sigma, cond=batch.cond, w=batch.w) for d in (student, teacher)]
+        same.append(torch.equal(*answers))
+        return folds[0].loss(student=student, teacher=teacher, batch=batch, generator=generator)
+
+    work, _ = job(tmp_path / "third", start=start, phases=[dataclasses.replace(folds[0], loss=compared)])
+    train(work, dataclasses.replace(settings, updates=(2,)), device=CPU)
+    assert folds[0].teacher == "previous" and same[0] and not same[-1]
+
+
+@EITHER
+def test_a_run_that_starts_from_a_student_killed_and_resumed_gives_the_same_bytes(tmp_path, settings):
+    work, students = job(tmp_path / "first")
+    train(work, settings, device=CPU)
+    start = Start("epsilon", lambda: students["guided"])
+    work, whole = job(tmp_path / "whole", start=start)
+    train(work, settings, device=CPU)
+    assert not equal(whole["fold-1"], students["fold-1"])
+    calls = 0
+
+    def killing(**arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise Killed
+        return work.phases[0].loss(**arguments)
+
+    again, resumed = job(tmp_path / "killed", start=start)
+    dying = dataclasses.replace(
+        again, phases=[dataclasses.replace(work.phases[0], loss=killing), *work.phases[1:]]
+    )
+    with pytest.raises(Killed):
+        train(dying, dataclasses.replace(settings, state_minutes=0), device=CPU)
+    train(again, settings, device=CPU)
+    assert equal(resumed["fold-1"], whole["fold-1"])
+
+
+PILOTED = dataclasses.replace(SETTINGS, updates=(24,))
+
+
+def first_phase(out: Path, **changes: object) -> tuple[Job, dict[str, dict[str, Tensor]]]:
+    work, students = job(out, **changes)
+    return dataclasses.replace(work, phases=work.phases[:1]), students
+
+
+def test_the_pilot_stops_a_run_whose_loss_rises_and_resuming_goes_on_all_the_same(tmp_path):
+    work, students = first_phase(tmp_path)
+    factors = iter(range(1, 1000))
+    rising = [dataclasses.replace(p, loss=watch(p.loss, lambda: next(factors) ** 2)) for p in work.phases]
+    with pytest.raises(BadInput, match=r"stopped this run after 20 updates: the loss rose .* a lower --lr"):
+        train(dataclasses.replace(work, phases=rising), PILOTED, device=CPU)
+    assert "not going well (the loss rose" in verdict_path(tmp_path).read_text(encoding="utf-8")
+    assert torch.load(tmp_path / "state" / "latest.pt", weights_only=True)["update"] == 20
+    train(dataclasses.replace(work, phases=rising), PILOTED, device=CPU)
+    assert "guided" in students
+
+
+def test_the_pilot_changes_nothing_of_a_run_that_goes_well(tmp_path):
+    work, piloted = first_phase(tmp_path / "a", pilot_pictures=2)
+    train(work, PILOTED, device=CPU)
+    assert "after 20 updates: going well" in verdict_path(tmp_path / "a").read_text(encoding="utf-8")
+    work, plain = first_phase(tmp_path / "b")
+    keep_verdict(tmp_path / "b", "there was a pilot")
+    train(work, PILOTED, device=CPU)
+    assert equal(piloted["guided"], plain["guided"])
+
+
+def test_a_state_is_on_the_disk_before_it_takes_the_place_of_the_last(tmp_path, monkeypatch):
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(number: int) -> None:
+        done.append("synced")
+        fsync(number)
+
+    def replaced(source: Path, target: Path) -> None:
+        done.append("replaced")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    loop.save_state(tmp_path / "latest.pt", {"a": torch.ones(2)})
+    assert done == ["synced", "replaced"]
+    assert torch.equal(torch.load(tmp_path / "latest.pt", weights_only=True)["a"], torch.ones(2))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has another signal for closed windows")
+def test_a_closed_terminal_asks_for_a_stop_unless_it_is_to_be_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        for handler, asks in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+            signal.signal(signal.SIGHUP, handler)
+            with stop_requests() as stop:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert stop.requested is asks
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_state_is_kept_also_where_nothing_can_be_printed_any_more(tmp_path, monkeypatch):
+    def closed(*rest: object) -> None:
+        raise OSError(5, "the terminal is gone")
+
+    def asking(**arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return work.phases[0].loss(**arguments)
+
+    work, _ = first_phase(tmp_path)
+    stopping = [dataclasses.replace(work.phases[0], loss=asking)]
+    monkeypatch.setattr(loop.tqdm, "update", closed)
+    with pytest.raises((OSError, KeyboardInterrupt)):
+        train(
+            dataclasses.replace(work, phases=stopping),
+            dataclasses.replace(SETTINGS, updates=(4,), micro_batch=4),
+            device=CPU,
+        )
+    assert torch.load(tmp_path / "state" / "latest.pt", weights_only=True)["update"] == 1
 
 
 @EITHER

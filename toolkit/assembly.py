@@ -41,13 +41,14 @@ from .evaluation.showcase import Showcase, showcase
 from .methods import find_methods, options_of
 from .opening import is_demo, open_for_people
 from .runtime.files import atomic_path
-from .training.adapters import CHECKPOINT_GRADIENTS_ABOVE, LoraShape, OneNetwork, recomputing
+from .training.adapters import CHECKPOINT_GRADIENTS_ABOVE, LoraShape, OneNetwork, State, recomputing
 from .training.checkpoint import Checkpoint, save_student
 from .training.data import scan
+from .training.earlier import Earlier
 from .training.families import Override
 from .training.guests import Guest, Guests, parse_range
 from .training.image_samples import MASKS_EACH, ImageSampleRequest, make_image_samples
-from .training.loop import Job, LoopSettings, train
+from .training.loop import Job, LoopSettings, Start, keep_verdict, train
 from .training.lora import LoraFile, merge_loras, parse_lora, read_lora
 from .training.masks import SHARES, Pictures
 from .training.memory import Needs, Route, choose_route, free_memory
@@ -63,7 +64,7 @@ from .training.networks import (
     place,
     random_cond,
 )
-from .training.plan import Plan, make_plan, measure
+from .training.plan import Costs, Plan, make_plan, measure
 from .training.prompts import STYLES, built_in_prompts, read_prompts, style_of, with_triggers
 from .training.samples import GuidanceRange, Samples, content_key
 from .training.settings import (
@@ -78,6 +79,7 @@ from .training.settings import (
     resolve,
 )
 from .training.sizes import CELL, Size, bucket_sizes, usual_sizes
+from .training.so_far import best_so_far
 from .training.student_lora import lora_path, save_lora_student
 from .training.teacher_samples import TeacherSampleRequest, make_teacher_samples, trajectory_steps
 
@@ -89,12 +91,15 @@ DEMO_SAMPLES = 192
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """The opened teacher, the LoRAs that are merged into it, and the sizes that planning needs."""
+    """The opened teacher, the LoRAs that are merged into it, the student of it that the run starts from, and
+    the sizes that planning needs.
+    """
 
     demo: bool
     checkpoint: Checkpoint
     loras: tuple[LoraFile, ...] = ()
     guests: Guests = dataclasses.field(default_factory=Guests)
+    earlier: Earlier | None = None
 
     @classmethod
     def open(cls, values: Mapping[str, Any]) -> Teacher:
@@ -129,6 +134,7 @@ class Teacher:
             checkpoint=checkpoint,
             loras=tuple(lora for lora, _ in loras),
             guests=Guests(guests),
+            earlier=Earlier.open(Path(init), checkpoint, values) if (init := values.get("init")) else None,
         )
 
     @property
@@ -183,9 +189,15 @@ def settle(
     small = teacher.checkpoint.unet_parameters < SMALL_PARAMETERS
     demo = teacher.demo
     device = _device({**config, **given})
-    chosen = _choose_route({**config, **given}, teacher, device=device, free=free)
+    earlier = teacher.earlier.defaults if teacher.earlier else {}
+    chosen = _choose_route({**earlier, **config, **given}, teacher, device=device, free=free)
     resolved = resolve(
-        given, config, parameters=teacher.checkpoint.unet_parameters, demo=demo, student=chosen.student
+        given,
+        config,
+        parameters=teacher.checkpoint.unet_parameters,
+        demo=demo,
+        student=chosen.student,
+        earlier=earlier,
     )
     values, reasons = dict(resolved.values), dict(resolved.reasons)
 
@@ -214,6 +226,7 @@ def settle(
     for optional in (
         "rank",
         "ckpt",
+        "init",
         "data",
         "prompts",
         "prompt_style",
@@ -242,7 +255,11 @@ def settle(
     draft.update(updates=(), method_config=options)
     settings = Settings(**draft)
     _check(settings, teacher)
-    phases = phases_of(settings, teacher.checkpoint)
+    if teacher.earlier and "origin" in options and "origin" not in reasons:
+        if teacher.earlier.place(_method_phases(settings, teacher.checkpoint)) is None:
+            options["origin"] = "pair"
+            reasons["origin"] = "the student of --init is none of the chain's, so one fold does it"
+    phases = phases_of(settings, teacher)
     updates = phase_updates(values.get("updates"), [phase.name for phase in phases], small=small)
     reasons.setdefault("updates", "the phases and the network's size")
     return dataclasses.replace(settings, updates=updates), reasons
@@ -351,7 +368,15 @@ def _check(settings: Settings, teacher: Teacher) -> None:
     usable(settings.device)
 
 
-def phases_of(settings: Settings, checkpoint: Checkpoint) -> tuple[Phase, ...]:
+def phases_of(settings: Settings, teacher: Teacher) -> tuple[Phase, ...]:
+    """Of the method, or those that an earlier student leaves to do."""
+    phases = _method_phases(settings, teacher.checkpoint)
+    if teacher.earlier is None:
+        return phases
+    return teacher.earlier.remaining(phases, guidance=settings.guidance, negative=settings.negative)
+
+
+def _method_phases(settings: Settings, checkpoint: Checkpoint) -> tuple[Phase, ...]:
     method = find_methods()[settings.method]
     setting = Setting(
         checkpoint.schedule,
@@ -445,23 +470,15 @@ def _content(settings: Settings, checkpoint: Checkpoint) -> str:
     return content_key(parts)
 
 
-def plan_run(
-    settings: Settings,
-    phases: Sequence[Phase],
-    teacher: Teacher,
-    request: DataRequest,
-    *,
-    free: int | None = None,
-) -> Plan:
-    """Measure the network briefly, at the largest of the sizes, and add up what the run will cost;
-    ``free`` as for :func:`settle`.
-    """
+def measure_costs(
+    settings: Settings, phases: Sequence[Phase], teacher: Teacher, request: DataRequest
+) -> Costs:
+    """The network briefly timed, at the largest of the sizes."""
     _require_parts(teacher.checkpoint)
     device = torch.device(settings.device)
-    free = free_memory(device) if free is None else free
     student, trained = _measurable(settings, phases, teacher.checkpoint, device)
     batch = min(settings.micro_batch, settings.batch_size)
-    costs = measure(
+    return measure(
         student,
         trained=trained,
         latent=_seen_shape(max(request.sizes, key=math.prod), teacher.checkpoint),
@@ -471,7 +488,20 @@ def plan_run(
         device=device,
         precision=settings.precision,
     )
-    del student, trained
+
+
+def plan_run(
+    settings: Settings,
+    phases: Sequence[Phase],
+    teacher: Teacher,
+    request: DataRequest,
+    costs: Costs,
+    *,
+    free: int | None = None,
+) -> Plan:
+    """Add up what the run will cost, from what was measured; ``free`` as for :func:`settle`."""
+    free = free_memory(torch.device(settings.device)) if free is None else free
+    batch = min(settings.micro_batch, settings.batch_size)
     folder = request.folder(Path(settings.cache_dir))
     loop = _loop_settings(settings, teacher.checkpoint)
     return make_plan(
@@ -643,21 +673,22 @@ def _spec(settings: Settings, checkpoint: Checkpoint, phase: Phase) -> StudentSp
 
 
 def run_all(
-    settings: Settings, phases: Sequence[Phase], teacher: Teacher, request: DataRequest
+    settings: Settings,
+    phases: Sequence[Phase],
+    teacher: Teacher,
+    request: DataRequest,
+    told: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Data, training, students, report; each goes on where it was left."""
+    """Data, training, students, report; each goes on where it was left. ``told`` hears each line of
+    run.jsonl.
+    """
     out, checkpoint = Path(settings.out), teacher.checkpoint
     samples = _make_samples(settings, teacher, request)
     data = request.outcome(samples)
 
     def finished(phase: Phase, state: dict[str, Tensor]) -> None:
-        spec = _spec(settings, checkpoint, phase)
         path = out / "students" / f"{len(phase.grid)}.safetensors"
-        dtype = DTYPES[settings.dtype]
-        if settings.student == "lora":
-            save_lora_student(path, state, spec=spec, source=checkpoint, dtype=dtype)
-        else:
-            save_student(path, unet_state=state, spec=spec, source=checkpoint, dtype=dtype)
+        _write_student(path, settings, checkpoint, phase, state)
         if phase is phases[-1]:
             student = out / "student.safetensors"
             _copy(path, student)
@@ -674,12 +705,46 @@ def run_all(
         look=_looker(settings, teacher),
         out=out,
         guests=teacher.guests,
+        start=Start(earlier.spec.prediction_type, earlier.state) if (earlier := teacher.earlier) else None,
+        told=told or (lambda line: None),
+        pilot_pictures=min(4, settings.report_prompts),
     )
     train(job, _loop_settings(settings, checkpoint), device=torch.device(settings.device))
     verdict = _report(settings, phases, teacher, data)
+    keep_verdict(out, verdict or "finished")
     student = out / "student.safetensors"
     log.info("data: %s\nstudent: %s\nreport: %s\n%s", data, student, out / "report.html", verdict or "")
     return {"out": str(out), "student": str(student), "verdict": verdict, "data": data}
+
+
+def _write_student(
+    path: Path, settings: Settings, checkpoint: Checkpoint, phase: Phase, state: State
+) -> None:
+    """The student of a phase with these weights; in LoRA mode its LoRA beside it."""
+    spec, dtype = _spec(settings, checkpoint, phase), DTYPES[settings.dtype]
+    if settings.student == "lora":
+        save_lora_student(path, state, spec=spec, source=checkpoint, dtype=dtype)
+    else:
+        save_student(path, unet_state=state, spec=spec, source=checkpoint, dtype=dtype)
+
+
+def finish(
+    settings: Settings, phases: Sequence[Phase], teacher: Teacher, request: DataRequest
+) -> dict[str, Any]:
+    """Write the best student so far and its report; the run can still go on."""
+    out = Path(settings.out)
+    found = best_so_far(
+        out / "state",
+        [phase.name for phase in phases],
+        settings.updates,
+        earlier=teacher.earlier is not None,
+    )
+    phase, student = phases[found.index], out / "student.safetensors"
+    _write_student(student, settings, teacher.checkpoint, phase, found.state)
+    here = dataclasses.replace(settings, steps=len(phase.grid))
+    verdict = _report(here, [phase], teacher, request.summary(), so_far=found.says)
+    log.info("student: %s\nit is %s\nreport: %s\n%s", student, found.says, out / "report.html", verdict or "")
+    return {"out": str(out), "student": str(student), "verdict": verdict, "is": found.says}
 
 
 def _looker(settings: Settings, teacher: Teacher) -> Callable[[str, NetworkDenoiser, Phase], None]:
@@ -724,9 +789,11 @@ def _prompts(settings: Settings, teacher: Teacher, count: int, *, seed: int) -> 
     return with_triggers(made, teacher.triggers)
 
 
-def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher, data: str) -> str | None:
+def _report(
+    settings: Settings, phases: Sequence[Phase], teacher: Teacher, data: str, *, so_far: str | None = None
+) -> str | None:
     """Write report.html and answer with its verdict; without pictures where each would take too long.
-    ``data``: what was learned from.
+    ``data``: what was learned from; ``so_far``: what this student is, where the run is not over.
     """
     out = Path(settings.out)
     shown = Showcase((), (), None)
@@ -744,6 +811,8 @@ def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher, data:
         "trained": "every weight"
         if settings.rank is None
         else f"a LoRA of rank {settings.rank}, and the guidance input",
+        **({"so far": so_far} if so_far else {}),
+        **({"started from": _earlier_told(teacher.earlier.spec)} if teacher.earlier else {}),
         "data": data,
         **({"masks": SHARES} if teacher.checkpoint.inpaint else {}),
         "training": f"batch {settings.batch_size}, lr {settings.lr:g}, updates {settings.updates}",
@@ -765,6 +834,10 @@ def _report(settings: Settings, phases: Sequence[Phase], teacher: Teacher, data:
     for number, (_, image) in enumerate(shown.pictures, 1):
         save_png(image, out / "samples" / f"report-{number}.png")
     return shown.verdict
+
+
+def _earlier_told(spec: StudentSpec) -> str:
+    return f"a student of {spec.steps} step{'s' if spec.steps > 1 else ''}, method {spec.method}"
 
 
 def _answers(settings: Settings, teacher: Teacher) -> dict[str, str]:
@@ -805,11 +878,14 @@ def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> 
         opened = open_for_people(path, tokenizer=_path(settings.tokenizer) or words)
         return Painter.open(opened, device=settings.device, dtype=dtype, turns=turns)
 
-    folder = Path(settings.out) / "students"
+    out, last = Path(settings.out), len(phases[-1].grid)
     seed = settings.seed + 2
     return showcase(
         Painter.open(teacher.checkpoint, device=settings.device, dtype=dtype, turns=turns),
-        {count: painter(folder / f"{count}.safetensors") for count in counts},
+        {
+            count: painter(out / f"{'student' if count == last else f'students/{count}'}.safetensors")
+            for count in counts
+        },
         prompts=_prompts(settings, teacher, settings.report_prompts, seed=seed),
         sample_prompts=demo_prompts(DEMO_SAMPLES, seed=seed) if settings.demo else (),
         yardstick=_yardstick(seed) if settings.demo else None,

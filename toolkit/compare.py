@@ -167,7 +167,7 @@ class Bench:
         """Of each phase, so that the phases have equal parts of the work."""
         settings, _ = settle({"demo": True, **options}, {}, self.teacher)
         share = 0.0 if settings.data else settings.trajectory_share
-        phases = phases_of(settings, self.teacher.checkpoint)
+        phases = phases_of(settings, self.teacher)
         part = self.work / len(phases) / settings.batch_size
         return tuple(max(1, round(part / (TRAINED + beside(phase, share)))) for phase in phases)
 

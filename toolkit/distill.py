@@ -4,7 +4,10 @@ examples:
   python -m toolkit.distill --demo
   python -m toolkit.distill --ckpt model.safetensors --dry-run
   python -m toolkit.distill --ckpt model.safetensors --steps 4 --guidance 1 12
+  python -m toolkit.distill --ckpt model.safetensors --hours 8 --watch
   python -m toolkit.distill --ckpt model.safetensors --resume
+  python -m toolkit.distill --finish --out runs/model-progressive-4
+  python -m toolkit.distill --ckpt model.safetensors --init students/4.safetensors --steps 2
 """
 
 from __future__ import annotations
@@ -14,15 +17,29 @@ import dataclasses
 import json
 import logging
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .assembly import Teacher, data_request, phases_of, plan_run, run_all, settle
+from .assembly import (
+    Teacher,
+    data_request,
+    finish,
+    measure_costs,
+    phases_of,
+    plan_run,
+    run_all,
+    settle,
+)
+from .budget import fit_run
 from .command import print_json, run
 from .diffusion.errors import BadInput
+from .evaluation.watch import watched
 from .methods import find_methods, options_of
 from .opening import OVERRIDE_HELP
 from .runtime.files import atomic_path
+from .training.board import tensorboard
+from .training.loop import STOPS
 from .training.memory import GIB
 from .training.networks import DTYPES
 from .training.plan import Plan, require_disk
@@ -31,26 +48,45 @@ from .training.settings import Settings, read_config, to_toml
 
 log = logging.getLogger("fewstep")
 
-NOT_SETTINGS = ("resume", "dry_run", "json", "config", "vram")
+NOT_SETTINGS = ("resume", "finish", "hours", "watch", "tensorboard", "dry_run", "json", "config", "vram")
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _terminate)
     options = _parse()
-    config = _stored(options) if options.resume else _config_file(options)
+    begun = options.resume or options.finish
+    config = _stored(options) if begun else _config_file(options)
     given = {name: v for name, v in vars(options).items() if v is not None and name not in NOT_SETTINGS}
     teacher = Teacher.open({**config, **given})
     free = None if options.vram is None else round(options.vram * GIB)
-    settings, reasons = settle(given, config, teacher, free=free)
-    phases = phases_of(settings, teacher.checkpoint)
+    hours, costs = config.pop("hours", None) if options.hours is None else options.hours, None
+    if hours is not None:
+        if begun:
+            raise BadInput("--hours is for a new run; leave it out to go on with this one")
+        flags, says, costs = fit_run(hours, given, config, teacher, free=free)
+        log.info("%s", says)
+        given |= flags
+        settings, reasons = settle(given, config, teacher, free=free)
+        reasons |= dict.fromkeys(flags, f"--hours {hours:g}")
+    else:
+        settings, reasons = settle(given, config, teacher, free=free)
+    phases = phases_of(settings, teacher)
     request = data_request(settings, phases, teacher)
     out = Path(settings.out)
+    if options.finish:
+        answer = finish(settings, phases, teacher, request)
+        if options.json:
+            print_json(answer)
+        return
     if options.resume and not options.dry_run:
         log.info("going on with %s", out)
     else:
         if not options.dry_run and (out / "config.toml").exists():
             raise BadInput(f"{out} holds a run already; go on with it by --resume, or choose another --out")
-        plan = plan_run(settings, phases, teacher, request, free=free)
+        costs = costs or measure_costs(settings, phases, teacher, request)
+        plan = plan_run(settings, phases, teacher, request, costs, free=free)
         _print_plan(plan, settings, reasons)
         log.info("%s", request.summary())
         for line in teacher.lora_lines():
@@ -74,7 +110,11 @@ def main() -> None:
         _make_cache(Path(settings.cache_dir))
         with atomic_path(out / "config.toml") as temporary:
             temporary.write_text(to_toml(settings), encoding="utf-8")
-    answer = run_all(settings, phases, teacher, request)
+    with ExitStack() as helpers:
+        told = helpers.enter_context(tensorboard(out)) if options.tensorboard else None
+        if options.watch:
+            log.info("watch the run at %s", helpers.enter_context(watched(out)))
+        answer = run_all(settings, phases, teacher, request, told)
     if options.json:
         print_json(answer)
 
@@ -117,6 +157,11 @@ def _parse() -> argparse.Namespace:
     )
     add(
         "--out", metavar="DIR", help="everything the run writes (default: runs/<checkpoint>-<method>-<steps>)"
+    )
+    add(
+        "--init",
+        metavar="STUDENT",
+        help="start from a finished student of this teacher: more updates, or a further halving",
     )
     add("--method", help=f"{', '.join(methods)} (default: progressive)")
     add("--steps", type=int, metavar="N", help="evaluations of the finished student (default: 4)")
@@ -185,6 +230,12 @@ def _parse() -> argparse.Namespace:
         metavar="N",
         help="updates: one number for all phases, or one a phase",
     )
+    add(
+        "--hours",
+        type=float,
+        metavar="H",
+        help="instead of updates: fit method, updates and pictures to this time on this machine",
+    )
     add("--lr", type=float, help="learning rate")
     add("--warmup", type=int, metavar="N", help="updates to reach it in each phase (default: 100)")
     add("--clip", type=float, help="gradient norm at most (default: 1)")
@@ -233,7 +284,19 @@ def _parse() -> argparse.Namespace:
     )
     add("--config", metavar="FILE.toml", help="any of these; flags win")
     add("--dry-run", action="store_true", help="print the plan and stop")
-    add("--resume", action="store_true", help="go on exactly where the run in --out stands")
+    begun = parser.add_mutually_exclusive_group()
+    begun.add_argument("--resume", action="store_true", help="go on exactly where the run in --out stands")
+    begun.add_argument(
+        "--finish",
+        action="store_true",
+        help="write the best student so far of the run in --out, with its report; it can still go on",
+    )
+    add(
+        "--watch",
+        action="store_true",
+        help="a page on this machine alone, with pictures, loss, time left and verdict so far",
+    )
+    add("--tensorboard", action="store_true", help="logs for TensorBoard in the run's folder")
     add("--json", action="store_true", help="machine-readable answer on stdout")
     group = parser.add_argument_group(f"method {method}", (methods[method].__doc__ or "").splitlines()[0])
     for option in options_of(methods[method]):
@@ -264,6 +327,7 @@ def _known() -> dict[str, Any]:
     """Every key that a config file may hold, and its type."""
     kinds = {name: kind for name, kind in get_type_hints(Settings).items() if name != "method_config"}
     methods = find_methods().values()
+    kinds["hours"] = float
     return kinds | {option.name: option.kind for method in methods for option in options_of(method)}
 
 
@@ -297,7 +361,9 @@ def _plain(value: Any) -> Any:
 def _default_out(options: argparse.Namespace) -> Path:
     name = Path(options.ckpt).stem if options.ckpt else "demo" if options.demo else None
     if name is None:
-        raise BadInput("--resume needs --out, or the --ckpt or --demo that the run was started with")
+        raise BadInput(
+            "--resume and --finish need --out, or the --ckpt or --demo that the run was started with"
+        )
     steps = options.steps or (2 if options.demo else 4)
     return Path("runs") / f"{name}-{options.method or 'progressive'}-{steps}"
 

@@ -28,7 +28,7 @@ _MOST_POINTS = 400
 _STROKES = {"faint": "#9cc4bf", "mean": "#2f6f68"}
 """Where the page's style does not reach a chart, as in some previews."""
 
-_STYLE = """
+STYLE = """
 :root {
   color-scheme: light dark;
   --paper: #fbfaf8; --card: #fff; --ink: #1d1f24; --soft: #666b75; --line: #e2dfd9; --accent: #2f6f68;
@@ -98,12 +98,12 @@ def write_report(
     if rows:
         parts += ["<h2>Measured</h2>", _measured(rows)]
     if curves:
-        parts += ["<h2>Training</h2>", _timings(curves), _charts(curves)]
+        parts += ["<h2>Training</h2>", timings(curves), charts(curves)]
     parts += ["<h2>Made by</h2>", f"<pre>{_text(command)}</pre>"]
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(parts)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -223,7 +223,7 @@ def _phases(curves: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
     return phases
 
 
-def _timings(curves: Sequence[Mapping[str, Any]]) -> str:
+def timings(curves: Sequence[Mapping[str, Any]]) -> str:
     lines: list[str] = []
     for name, points in _phases(curves).items():
         updates = int(points[-1]["update"])
@@ -259,7 +259,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def _charts(curves: Sequence[Mapping[str, Any]]) -> str:
+def charts(curves: Sequence[Mapping[str, Any]]) -> str:
     charts = [
         f"<figure>{_chart(points)}<figcaption>{_text(name)}: loss by update</figcaption></figure>"
         for name, points in _phases(curves).items()

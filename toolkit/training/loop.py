@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -33,12 +34,17 @@ from ..diffusion.method import Batch, Criticism, Phase
 from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import NoiseSchedule
 from ..runtime.files import atomic_path
-from .adapters import COND_PROJ, Holder, LoraShape, OneNetwork, Trained, TwoNetworks
+from .adapters import COND_PROJ, Holder, LoraShape, OneNetwork, State, Trained, TwoNetworks
 from .guests import Guests
 from .networks import DTYPES
+from .pilot import LEAST, Pilot, distance, painted
 from .samples import GuidanceRange, Order, Samples, derived_seed, draw_batch
 
 log = logging.getLogger("fewstep")
+
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+"""Signals that ask for a stop, beside Ctrl+C: the second comes when a terminal is closed, the third when a
+window is on Windows."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,14 @@ class LoopSettings:
 
 
 @dataclass(frozen=True, eq=False)
+class Start:
+    """Weights that a run begins with instead of its teacher's, by the names that ``finished`` gets."""
+
+    prediction_type: PredictionType
+    load: Callable[[], State]
+
+
+@dataclass(frozen=True, eq=False)
 class Job:
     """What the loop works on, and whom it tells.
 
@@ -73,6 +87,7 @@ class Job:
     student is to have one.
     ``finished`` writes a phase's student from its averaged weights, of a LoRA those alone that were trained;
     ``look`` is shown the current student for sample pictures. ``guests`` reach the networks of ``new_unet``.
+    ``told`` hears each line of run.jsonl. The pilot makes ``pilot_pictures``, if any.
     """
 
     phases: Sequence[Phase]
@@ -84,6 +99,9 @@ class Job:
     look: Callable[[str, NetworkDenoiser, Phase], None]
     out: Path
     guests: Guests = field(default_factory=Guests)
+    start: Start | None = None
+    told: Callable[[dict[str, Any]], None] = lambda line: None
+    pilot_pictures: int = 0
 
 
 @dataclass
@@ -101,7 +119,8 @@ class Interrupted(KeyboardInterrupt):
 def train(job: Job, settings: LoopSettings, *, device: torch.device) -> None:
     """Run the phases from where ``out/state`` stands to the end.
 
-    Raises BadInput when the loss is not finite, and Interrupted after Ctrl+C or SIGTERM, the state saved.
+    Raises BadInput when the loss is not finite or the pilot finds that all is not well, and Interrupted after
+    Ctrl+C or one of STOPS, the state saved.
     """
     scaler = torch.GradScaler(device.type, enabled=settings.precision == "fp16")
     state = job.out / "state"
@@ -114,16 +133,18 @@ def train(job: Job, settings: LoopSettings, *, device: torch.device) -> None:
         tqdm(total=sum(settings.updates), initial=done, unit="update", dynamic_ncols=True) as bar,
         stop_requests() as stop,
     ):
-        if saved is None:
+        if saved is None and job.start is None:
             start = NetworkDenoiser(holder.untrained(), job.schedule, job.teacher_prediction)
             job.look("start", start, job.phases[0])
         for index in range(progress.phase, len(job.phases)):
             trainer = PhaseTrainer(job, settings, index, holder, scaler, device)
             if saved is not None and "student" in saved:
                 trainer.restore(saved)
+            elif saved is None and job.start is not None and index == 0:
+                trainer.look("start")
             saved = None
             bar.set_description(job.phases[index].name)
-            trainer.run(bar, stop)
+            trainer.run(bar, stop, trainer.begin_pilot())
             save_state(state / f"phase-{index}.pt", trainer.average)
             job.finished(job.phases[index], trainer.average)
             trainer.look(job.phases[index].name)
@@ -172,12 +193,12 @@ class PhaseTrainer:
             seed=derived_seed(settings.seed, index, -1),
         )
         self.state_path = job.out / "state" / "latest.pt"
-        previous = load_state(job.out / "state" / f"phase-{index - 1}.pt")
+        previous, predicted = self._before()
         criticism = self.phase.criticism
         pair = holder.pair(previous, teacher=self.phase.teacher, critic=criticism is not None)
         prediction = job.teacher_prediction
         if self.phase.teacher == "previous" and previous is not None:
-            prediction = job.phases[index - 1].prediction_type
+            prediction = predicted
         self.teacher = NetworkDenoiser(pair.teacher, job.schedule, prediction)
         self.student = NetworkDenoiser(pair.student, job.schedule, self.phase.prediction_type)
         self.trained = pair.trained
@@ -194,25 +215,78 @@ class PhaseTrainer:
             watching = NetworkDenoiser(pair.critic.network, job.schedule, job.teacher_prediction)
             self.critic = Critic(criticism, pair.critic, watching, lr=settings.critic_lr)
 
-    def run(self, bar: tqdm[Any], stop: StopFlag) -> None:
+    def _before(self) -> tuple[State | None, PredictionType]:
+        """The weights that the phase begins with, if not the teacher's, and what they predict."""
+        if self.index:
+            state = load_state(self.job.out / "state" / f"phase-{self.index - 1}.pt")
+            return state, self.job.phases[self.index - 1].prediction_type
+        start = self.job.start
+        return (None, self.job.teacher_prediction) if start is None else (start.load(), start.prediction_type)
+
+    def run(self, bar: tqdm[Any], stop: StopFlag, pilot: Pilot | None = None) -> None:
         """Updates to the end of the phase, saving the state and looking at samples by the clock."""
         last_state = last_look = time.monotonic()
         while self.update < self.settings.updates[self.index]:
             started = time.monotonic()
             loss, lr = self.step()
+            if stop.requested:  # first of all: in a closed window the bar can be drawn no more
+                save_state(self.state_path, self.state())
             bar.update(1)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             if self.update % 10 == 0 or self.update == self.settings.updates[self.index]:
                 self.write_line(bar, loss, lr, time.monotonic() - started)
-            now = time.monotonic()
-            if stop.requested or now - last_state > 60 * self.settings.state_minutes:
-                save_state(self.state_path, self.state())
-                last_state = time.monotonic()
             if stop.requested:
                 raise Interrupted
+            if pilot is not None:
+                pilot.losses.append(loss)
+                if pilot.is_due():
+                    self.conclude(pilot)
+                    pilot = None
+            now = time.monotonic()
+            if now - last_state > 60 * self.settings.state_minutes:
+                save_state(self.state_path, self.state())
+                last_state = time.monotonic()
             if now - last_look > 60 * self.settings.sample_minutes:
                 self.look(f"{self.phase.name}-{self.update:06d}")
                 last_look = time.monotonic()
+
+    def begin_pilot(self) -> Pilot | None:
+        """None in a later phase, in one too short for a pilot, and where there was one already."""
+        if self.index or self.settings.updates[0] < LEAST or verdict_path(self.job.out).exists():
+            return None
+        return Pilot(sum(self.settings.updates), self._distance())
+
+    def conclude(self, pilot: Pilot) -> None:
+        """Keep what the pilot says; BadInput, the state saved, if that is bad."""
+        weights = [*self.trained.values(), *self.average.values()]
+        moving = self.phase.own_evaluations > 0
+        finding = pilot.judge(weights, own_target=moving, now=self._distance())
+        says = f"pilot, after {self.update} updates: {'going well' if finding.well else 'not going well'}"
+        keep_verdict(self.job.out, f"{says} ({finding.says})")
+        log.info("%s (%s)", says, finding.says)
+        if not finding.well:
+            save_state(self.state_path, self.state())
+            raise BadInput(
+                f"the pilot stopped this run after {self.update} updates: {finding.says}; start anew with "
+                f"{self._lower_rate()}, or go on all the same by --resume"
+            )
+
+    def _distance(self) -> float | None:
+        """How far the averaged student's pictures are from the data, if there is to be any."""
+        if not self.job.pilot_pictures or self.phase.grid.ascending:
+            return None
+        self._swap()
+        made, data = painted(
+            self.student,
+            self.phase,
+            self.job.samples,
+            count=self.job.pilot_pictures,
+            schedule=self.job.schedule,
+            guidance=self.settings.guidance,
+            device=self.device,
+        )
+        self._swap()
+        return distance(made, data)
 
     def step(self) -> tuple[float, float]:
         """One update of the whole batch in micro-batches; returns the mean loss and the learning rate."""
@@ -286,12 +360,19 @@ class PhaseTrainer:
         return self.phase.caption_dropout if asked is None else asked
 
     def _require_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise BadInput(
-                f"the loss became {loss} at update {self.update} of phase {self.phase.name}; the last good "
-                f"state is kept in {self.job.out / 'state'}; start anew with a lower --lr (it was "
-                f"{self.settings.lr:g})"
-            )
+        if math.isfinite(loss):
+            return
+        flag = self._lower_rate()
+        if self.update == 0 and self.index == 0:  # nothing was learned yet, so the rate is not to blame
+            exact = self.settings.precision == "fp32"
+            flag = "another --cache-dir, for the data may be damaged" if exact else "--precision fp32"
+        raise BadInput(
+            f"the loss became {loss} at update {self.update} of phase {self.phase.name}; the last good "
+            f"state is kept in {self.job.out / 'state'}; start anew with {flag}"
+        )
+
+    def _lower_rate(self) -> str:
+        return f"a lower --lr, such as {self.settings.lr / 3:.1g} (it was {self.settings.lr:g})"
 
     @torch.no_grad()
     def _average_weights(self) -> None:
@@ -329,6 +410,7 @@ class PhaseTrainer:
         }
         with (self.job.out / "run.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        self.job.told(line)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -412,10 +494,24 @@ def lr_factor(update: int, updates: int, warmup: int) -> float:
     return (updates - update) / max(1, updates - warmup)
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
+def verdict_path(out: Path) -> Path:
+    """Where a run keeps the last sentence that was said about it."""
+    return out / "state" / "verdict.txt"
+
+
+def keep_verdict(out: Path, says: str) -> None:
+    path = verdict_path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+        temporary.write_text(says, encoding="utf-8")
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut can leave the new name with nothing behind it
 
 
 def load_state(path: Path) -> dict[str, Any] | None:
@@ -447,7 +543,9 @@ class StopFlag:
 
 @contextmanager
 def stop_requests() -> Generator[StopFlag]:
-    """Ctrl+C and SIGTERM ask for a stop at the next update; a second Ctrl+C stops at once."""
+    """Ctrl+C and STOPS ask for a stop at the next update; a second one stops at once. What is ignored, as
+    under nohup, stays so.
+    """
     flag = StopFlag()
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -456,7 +554,8 @@ def stop_requests() -> Generator[StopFlag]:
         flag.requested = True
         log.info("stopping after this update; the state is being saved (again: stop at once)")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [n for n in (signal.SIGINT, *STOPS) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield flag
     finally:

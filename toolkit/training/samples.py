@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,9 @@ from ..runtime.files import load_tensors, save_tensors
 
 SHARD = 128
 """Samples in a shard, at most."""
+
+KEEP_MINUTES = 5.0
+"""After which what is made of a shard is kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +207,36 @@ def kept_samples(folder: Path, count: int, texts: Cond, state_timesteps: tuple[i
     """Of a cache whose ``count`` shards are all there; those without a sample are left out."""
     shards = [load_tensors(shard_path(folder, number)) for number in range(count)]
     return Samples([shard for shard in shards if len(shard["text"])], texts, state_timesteps)
+
+
+def gathered(
+    path: Path, parts: Sequence[Tensor], make: Callable[[Tensor], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The rows of a shard, made part by part and kept beside it by the clock: on a slow machine a shard takes
+    longer than one would like to lose. ``parts``: the numbers of the samples.
+    """
+    kept, ends = path.with_suffix(".part"), torch.tensor([0, *map(len, parts)]).cumsum(0).tolist()
+    made: list[dict[str, Tensor]] = []
+    if kept.exists():
+        found = {name: value.clone() for name, value in load_tensors(kept).items()}
+        made = [found] if len(found["x0"]) in ends else []
+    done = ends.index(len(made[0]["x0"])) if made else 0
+    saved = time.monotonic()
+    for part in parts[done:]:
+        made.append(make(part))
+        if time.monotonic() - saved > 60 * KEEP_MINUTES:
+            save_tensors(_joined(made), {}, kept)
+            saved = time.monotonic()
+    return _joined(made)
+
+
+def forget_parts(path: Path) -> None:
+    """To be called when the shard is written."""
+    path.with_suffix(".part").unlink(missing_ok=True)
+
+
+def _joined(made: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in made]) for name in made[0]}
 
 
 def shard_path(folder: Path, number: int) -> Path:

@@ -32,6 +32,7 @@ class Settings:
     """
 
     ckpt: str | None
+    init: str | None
     demo: bool
     out: str
     method: str
@@ -142,15 +143,22 @@ class Resolved:
 
 
 def resolve(
-    given: Mapping[str, Any], config: Mapping[str, Any], *, parameters: int, demo: bool, student: str
+    given: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    parameters: int,
+    demo: bool,
+    student: str,
+    earlier: Mapping[str, Any] | None = None,
 ) -> Resolved:
-    """Flags over the config file over the defaults of the demo, of LoRAs, of the network's size, and of the
-    house.
+    """Flags over the config file, over what an ``earlier`` student did, over the defaults of the demo, of
+    LoRAs, of the network's size, and of the house.
     """
     small = parameters < SMALL_PARAMETERS
     layers = [
         Defaults(given, "you"),
         Defaults(config, "the config file"),
+        Defaults(earlier or {}, "the student of --init"),
         *([DEMO] if demo else []),
         *([LORA_SMALL if small else LORA_LARGE] if student == "lora" else []),
         SMALL if small else LARGE,

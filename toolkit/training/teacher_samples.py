@@ -27,6 +27,8 @@ from .samples import (
     Samples,
     content_key,
     derived_seed,
+    forget_parts,
+    gathered,
     kept_samples,
     kept_texts,
     latent_bytes,
@@ -153,15 +155,16 @@ def make_teacher_samples(
     shards = [(size, numbers) for size, part in request.parts() for numbers in part.split(SHARD)]
     for number in progress([i for i in range(len(shards)) if not shard_path(folder, i).exists()]):
         size, numbers = shards[number]
-        parts = [
-            paint(part, size, taken(texts, text_rows[samplewise[part]]), painting)
-            for part in numbers.split(batch)
-        ]
-        shard = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+        def make(part: Tensor, size: Size = size) -> dict[str, Tensor]:
+            return paint(part, size, taken(texts, text_rows[samplewise[part]]), painting)
+
+        shard = gathered(shard_path(folder, number), numbers.split(batch), make)
         shard |= {"text": text_rows[samplewise[numbers]]}
         if request.told:
             shard["time_ids"] = torch.tensor(size_ids(*size)).expand(len(numbers), -1)
         save_tensors(shard, {}, shard_path(folder, number))
+        forget_parts(shard_path(folder, number))
     return kept_samples(folder, len(shards), texts, grid.timesteps)
 
 
