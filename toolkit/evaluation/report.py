@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from ..runtime.files import atomic_path
+from ..runtime.privacy import file_name, without_paths
 from .evaluate import Row
 
 _CHART_WIDTH, _CHART_HEIGHT = 420, 190
@@ -113,16 +114,8 @@ def write_report(
 
 def command_line(module: str, arguments: Sequence[str]) -> str:
     """The command as a person would type it, with file names in place of paths."""
-    words = [_quoted(_file_name(word)) for word in arguments]
+    words = [_quoted(file_name(word)) for word in arguments]
     return " ".join(["python", "-m", module, *words])
-
-
-def _file_name(word: str) -> str:
-    """An option's value without folders: ``--out=C:\\runs\\a`` -> ``--out=a``."""
-    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    if re.search(r"[/\\]", value) and not re.search(r"\s[/\\]|[/\\]\s", value):
-        value = re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-    return option + equals + value
 
 
 def _quoted(word: str) -> str:
@@ -130,9 +123,8 @@ def _quoted(word: str) -> str:
 
 
 def _text(value: str) -> str:
-    """Escaped, and absolute paths cut to their last name."""
-    bare = re.sub(r"(?<![\w.:/])(?:[A-Za-z]:)?[/\\](?:[^\s/\\]+[/\\])+([^\s/\\]+)", r"\1", value)
-    return html.escape(bare)
+    """Escaped, and without paths."""
+    return html.escape(without_paths(value))
 
 
 def _facts(facts: Mapping[str, str]) -> str:
