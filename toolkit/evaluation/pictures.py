@@ -40,7 +40,7 @@ def grid(
     Small pictures are magnified by whole numbers without smoothing, large ones reduced. None leaves a cell
     empty.
     """
-    images = [[None if cell is None else _fitted(to_image(cell)) for cell in row] for row in cells]
+    images = [[None if cell is None else fitted(to_image(cell)) for cell in row] for row in cells]
     present = [image for row in images for image in row if image is not None]
     width = max(image.width for image in present) + _GAP
     height = max(image.height for image in present) + _GAP
@@ -84,7 +84,7 @@ def stack(grids: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     return canvas
 
 
-def _fitted(image: Image.Image) -> Image.Image:
+def fitted(image: Image.Image) -> Image.Image:
     """At least _SMALLEST wide by nearest neighbour, or at most _LARGEST on the longer side."""
     times = -(-_SMALLEST // image.width)
     if times > 1:

@@ -136,7 +136,7 @@ def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pat
 
     Tensors stand by descending element size, then by name, so that each is aligned; metadata by name.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = _in_order(tensors)
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name in names:
@@ -155,6 +155,18 @@ def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pat
                 file.write(tensor_bytes(tensors[name]))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 in hexadecimal of what :func:`save_tensors` writes behind the header."""
+    digest = hashlib.sha256()
+    for name in _in_order(tensors):
+        digest.update(tensor_bytes(tensors[name]) if tensors[name].numel() else b"")
+    return digest.hexdigest()
 
 
 def write_metadata(path: Path, metadata: Mapping[str, str], *, markers: Iterable[str] = ()) -> None:

@@ -27,7 +27,7 @@ from ..diffusion.guidance import W_DIM
 from ..diffusion.prediction import PREDICTION_TYPES, PredictionType
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.spec import SPEC_KEY, AppliedLora, StudentSpec
-from ..runtime.files import modelspec, save_tensors, sha256_of, spec_from, tensor_bytes
+from ..runtime.files import modelspec, save_tensors, sha256_of, sha256_of_tensors, spec_from, tensor_bytes
 from .families import (
     FAMILIES,
     NAMES,
@@ -318,13 +318,23 @@ def save_student(
 
 
 def write_checkpoint(
-    path: Path, *, tensors: Mapping[str, Tensor], spec: StudentSpec, resolution: tuple[int, int]
+    path: Path,
+    *,
+    tensors: Mapping[str, Tensor],
+    spec: StudentSpec,
+    resolution: tuple[int, int],
+    more: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a student's tensors, under single-file keys, with the markers and metadata of its spec."""
+    """Write a student's tensors, under single-file keys, with the markers and metadata of its spec, and
+    ``more``."""
     plain = {key: value for key, value in tensors.items() if key not in (V_PRED, ZTSNR)}
-    save_tensors(
-        plain | {key: torch.zeros(0) for key in markers_of(spec)}, student_metadata(spec, resolution), path
-    )
+    marked = plain | {key: torch.zeros(0) for key in markers_of(spec)}
+    save_tensors(marked, student_metadata(spec, resolution) | described(marked, more), path)
+
+
+def described(tensors: Mapping[str, Tensor], more: Mapping[str, str] | None) -> dict[str, str]:
+    """``more`` metadata of a file that is shared, and the hash of its tensors, which takes a while."""
+    return {} if more is None else {**more, "modelspec.hash_sha256": "0x" + sha256_of_tensors(tensors)}
 
 
 def markers_of(spec: StudentSpec) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ from ..diffusion.spec import StudentSpec
 from ..runtime.files import atomic_path, load_tensors, read_spec, save_tensors
 from .checkpoint import (
     Checkpoint,
+    described,
     is_finite,
     open_checkpoint,
     seen_by_comfyui,
@@ -74,14 +75,23 @@ class Probe:
     embedded: Tensor | None
 
 
-def export_checkpoint(student: Checkpoint, path: Path, *, dtype: torch.dtype | None = None) -> Exported:
-    """A single file with the dial, the VAE and the text encoder, in another dtype (default: as it is)."""
-    spec = _spec_of(student)
+def export_checkpoint(
+    student: Checkpoint,
+    path: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    more: Mapping[str, str] | None = None,
+) -> Exported:
+    """A single file with the dial, the VAE and the text encoder, in another dtype (default: as it is).
+
+    Here as elsewhere: ``more`` metadata, for a file that is shared.
+    """
+    spec = spec_of(student)
     _check_output(student, path, suffix=".safetensors")
     answers, probe = _answers(student)
     tensors = _cast(_used(student), dtype)
     with atomic_path(path, size=_bytes(tensors)) as partial:
-        write_checkpoint(partial, tensors=tensors, spec=spec, resolution=student.resolution)
+        write_checkpoint(partial, tensors=tensors, spec=spec, resolution=student.resolution, more=more)
         found = open_checkpoint(partial)
         difference = _compare(_answer(_mapped(found), probe), answers, dtype=_dtype(tensors), path=path)
         _same_tensors(found.tensors, tensors, path)
@@ -89,7 +99,12 @@ def export_checkpoint(student: Checkpoint, path: Path, *, dtype: torch.dtype | N
 
 
 def export_baked(
-    student: Checkpoint, path: Path, *, guidance: float, dtype: torch.dtype | None = None
+    student: Checkpoint,
+    path: Path,
+    *,
+    guidance: float,
+    dtype: torch.dtype | None = None,
+    more: Mapping[str, str] | None = None,
 ) -> Exported:
     """A plain checkpoint with one guidance_scale folded in: no dial, half of the evaluations of cfg."""
     spec = _spec_with_dial(student, guidance)
@@ -104,7 +119,7 @@ def export_baked(
     tensors[B1] = bias.to(dtype or kept[B1].dtype)
     baked = dataclasses.replace(spec, baked_guidance=guidance, guidance_default=guidance)
     with atomic_path(path, size=_bytes(tensors)) as partial:
-        write_checkpoint(partial, tensors=tensors, spec=baked, resolution=student.resolution)
+        write_checkpoint(partial, tensors=tensors, spec=baked, resolution=student.resolution, more=more)
         found = open_checkpoint(partial)
         difference = _compare(_answer(_mapped(found), probe), answers, dtype=_dtype(tensors), path=path)
         _same_tensors(found.tensors, tensors, path)
@@ -119,7 +134,12 @@ def export_baked(
 
 
 def export_lora(
-    student: Checkpoint, path: Path, *, guidance: float, dtype: torch.dtype | None = None
+    student: Checkpoint,
+    path: Path,
+    *,
+    guidance: float,
+    dtype: torch.dtype | None = None,
+    more: Mapping[str, str] | None = None,
 ) -> Exported:
     """A LoRA file with one guidance_scale baked in, for stock loaders at strength 1.
 
@@ -153,7 +173,8 @@ def export_lora(
     tensors = _cast(tensors, dtype)
     lora = dataclasses.replace(spec, container="lora", baked_guidance=guidance, guidance_default=guidance)
     with atomic_path(path, size=_bytes(tensors)) as partial:
-        save_tensors(tensors, student_metadata(lora, student.resolution), partial)
+        metadata = student_metadata(lora, student.resolution) | described(tensors, more)
+        save_tensors(tensors, metadata, partial)
         written = load_tensors(partial)
         _same_tensors(written, _cast({k: v for k, v in trained.items() if k != LORA_DIFF_BIAS}, dtype), path)
         kept = {key: value for key, value in student.tensors.items() if key != COND_PROJ}
@@ -187,7 +208,7 @@ def _lora_beside(student: Checkpoint, spec: StudentSpec) -> tuple[dict[str, Tens
 
 def export_diffusers(student: Checkpoint, path: Path, *, dtype: torch.dtype | None = None) -> Exported:
     """A folder that the family's unmodified pipeline runs, its guidance_scale being the dial."""
-    spec = _spec_of(student)
+    spec = spec_of(student)
     _check_output(student, path, suffix="")
     answers, probe = _answers(student)
     tensors = _without_fp8(_cast(_used(student), dtype))
@@ -271,7 +292,7 @@ def _quiet() -> Generator[None, None, None]:
 
 def _write_folder(student: Checkpoint, tensors: Mapping[str, Tensor], path: Path) -> None:
     """A diffusers folder of these single-file tensors, with the spec in the UNet file's metadata."""
-    spec = _spec_of(student)
+    spec = spec_of(student)
     parts = student.empty_networks()
     latent = max(student.resolution) // student.downscale
     parts["unet"].register_to_config(sample_size=latent)
@@ -319,7 +340,8 @@ def _write_sidecar(student: Checkpoint, path: Path) -> Path | None:
     return None
 
 
-def _spec_of(student: Checkpoint) -> StudentSpec:
+def spec_of(student: Checkpoint) -> StudentSpec:
+    """BadInput for a teacher and for a student whose description is lost."""
     if student.kind == "teacher":
         raise BadInput(f"{student.path}: this is a teacher, and a student was expected")
     if student.spec is None:
@@ -331,7 +353,7 @@ def _spec_of(student: Checkpoint) -> StudentSpec:
 
 
 def _spec_with_dial(student: Checkpoint, guidance: float) -> StudentSpec:
-    spec = _spec_of(student)
+    spec = spec_of(student)
     if spec.w_embedding is None or COND_PROJ not in student.tensors:
         raise BadInput(f"{student.path}: this student has no guidance dial; export it with --to checkpoint")
     try:
@@ -399,7 +421,7 @@ def _shift(student: Checkpoint, spec: StudentSpec, guidance: float) -> Tensor:
 
 def _answers(student: Checkpoint, guidance: float | None = None) -> tuple[Tensor, Probe]:
     """The student's own answers, in float32, at its first and last timestep."""
-    spec = _spec_of(student)
+    spec = spec_of(student)
     unet = _mapped(student)
     generator = torch.Generator().manual_seed(0)
     side = 2 ** len(student.config("unet")["block_out_channels"])
@@ -492,12 +514,21 @@ def _prediction_notes(student: Checkpoint) -> tuple[str, ...]:
     )
 
 
+def sampling_node(student: Checkpoint) -> str | None:
+    """What a stock ComfyUI needs after the loader of a plain checkpoint that predicts v; None: nothing."""
+    if student.prediction_type == "epsilon" or student.family == "sdxl":
+        return None
+    if seen_by_comfyui(student.tensors, student.family) == "v_prediction" and not student.ztsnr:
+        return None
+    return "ModelSamplingDiscrete (v_prediction" + (", zsnr" if student.ztsnr else "") + ")"
+
+
 def _comfyui_note(student: Checkpoint) -> str:
     """How a stock ComfyUI comes to know that a plain checkpoint predicts v."""
     if student.family == "sdxl":
         return "it predicts v: hosts tell by its key v_pred" + (" and ztsnr" if student.ztsnr else "")
-    node = "ModelSamplingDiscrete (v_prediction" + (", zsnr" if student.ztsnr else "") + ")"
-    if seen_by_comfyui(student.tensors, student.family) == "v_prediction" and not student.ztsnr:
+    node = sampling_node(student)
+    if node is None:
         return "it predicts v, and ComfyUI takes it for that, going by a statistic of its weights"
     return (
         f"it predicts v, which a stock ComfyUI cannot tell of {student.of.name}: put {node} after the "
