@@ -285,6 +285,12 @@ def test_the_first_start_makes_the_environment_and_installs_and_the_second_does_
     assert len(run.commands) == 2
 
 
+def test_pip_is_told_of_the_index_that_has_the_cards_torch(root: Path) -> None:
+    run = Recorder(root)
+    assert start.install("distill", root, windows=False, run=run, index="https://example.org/cu130") == 0
+    assert run.commands[1][-2:] == ["--extra-index-url", "https://example.org/cu130"]
+
+
 def test_changed_versions_are_installed_again_into_the_same_environment(root: Path) -> None:
     run = Recorder(root)
     start.install("demo", root, windows=False, run=run)
@@ -333,6 +339,15 @@ def test_the_environments_python_is_found_on_windows_too() -> None:
 
 def test_the_exit_code_of_a_command_comes_back() -> None:
     assert start.run([sys.executable, "-c", "raise SystemExit(5)"]) == 5
+
+
+def test_a_job_in_the_callers_folder_finds_the_toolkit(tmp_path: Path) -> None:
+    asked = (
+        "import os, importlib.util as u; "
+        f"assert os.path.samefile(os.getcwd(), {str(tmp_path)!r}); "
+        f"assert os.path.samefile(u.find_spec('toolkit').origin, {str(ROOT / 'toolkit' / '__init__.py')!r})"
+    )
+    assert start.run([sys.executable, "-c", asked], folder=tmp_path) == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals that end a process")

@@ -136,6 +136,7 @@ def test_what_the_nodes_need_ships_and_what_only_training_needs_does_not(shipped
         ".ci/",
         "toolkit/training/",
         "toolkit/start.py",
+        "distill.",
         "toolkit/demo/te",
         "toolkit/demo/j",
         "toolkit/demo/i",

@@ -39,7 +39,7 @@ from .evaluation.pictures import grid, save_png
 from .evaluation.report import command_line, write_report
 from .evaluation.showcase import Showcase, showcase
 from .methods import find_methods, options_of
-from .opening import is_demo, open_for_people
+from .opening import is_demo, open_for_people, say_unused_card
 from .runtime.files import atomic_path
 from .training.adapters import CHECKPOINT_GRADIENTS_ABOVE, LoraShape, OneNetwork, State, recomputing
 from .training.checkpoint import Checkpoint, save_student
@@ -266,7 +266,12 @@ def settle(
 
 
 def _device(asked: Mapping[str, Any]) -> str:
-    return asked.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if asked.get("device"):
+        return asked["device"]
+    if torch.cuda.is_available():
+        return "cuda"
+    say_unused_card()
+    return "cpu"
 
 
 def _precision(asked: Mapping[str, Any], *, small: bool) -> str:

@@ -34,7 +34,7 @@ examples:
   python -m toolkit.export runs/demo/student.safetensors --to baked --guidance 5 -o baked.safetensors
   python -m toolkit.export student.safetensors --to checkpoint --dtype fp16 -o small.safetensors
   python -m toolkit.export student.safetensors --to diffusers -o student-diffusers
-  python -m toolkit.export student.safetensors --share --guidance 5 --licence "CreativeML Open RAIL-M" -o upload
+  python -m toolkit.export student.safetensors --share --guidance 5 --licence CC0-1.0 -o upload
 """
 
 

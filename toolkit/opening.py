@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import cards
 from .demo import INPAINT_TEACHER, TEACHER, TOKENIZER
 from .diffusion.errors import BadInput
 from .runtime.files import sha256_of
@@ -18,6 +21,8 @@ from .training.checkpoint import Checkpoint, open_checkpoint
 from .training.families import Override
 from .training.networks import DTYPES
 from .training.settings import SMALL_PARAMETERS
+
+log = logging.getLogger("fewstep")
 
 
 def open_for_people(
@@ -92,11 +97,22 @@ def choose_device(name: str | None) -> torch.device:
     if name is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
+        say_unused_card()
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise BadInput(f"device {name!r} cannot be used here; try --device cpu") from None
+
+
+@cache
+def say_unused_card() -> None:
+    """Warn, once, of an NVIDIA card beside a torch that was built for none."""
+    built_for = torch.version.cuda or torch.version.hip or getattr(torch.version, "xpu", None)
+    told = "" if built_for else cards.ask()
+    sentence = cards.mending(told, torch=torch.__version__, computes=bool(built_for), python=sys.executable)
+    if sentence:
+        log.warning("%s", sentence)
 
 
 def choose_dtype(precision: str | None, device: torch.device) -> torch.dtype:

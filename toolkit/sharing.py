@@ -200,10 +200,11 @@ class Card:
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
     def _dial(self) -> str:
-        low, high = self.spec.guidance_min, self.spec.guidance_max
+        spec = self.spec
         return (
-            f"`{self.name('checkpoint')}` needs FewStep's nodes or extension: sampler and scheduler `fewstep`, "
-            f"{self.steps}, cfg (the guidance) {low:g} to {high:g}, usually {self.spec.guidance_default:g}."
+            f"`{self.name('checkpoint')}` needs FewStep's nodes or extension: sampler and scheduler "
+            f"`fewstep`, {self.steps}, cfg (the guidance) {spec.guidance_min:g} to {spec.guidance_max:g}, "
+            f"usually {spec.guidance_default:g}."
         )
 
     def _files(self, hashes: dict[Form, str]) -> str:
@@ -233,8 +234,8 @@ def share(
         raise BadInput(f"{student.path}: this encoder makes noise of pictures, which no stock host does")
     if spec.baked_guidance is not None:
         raise BadInput(
-            f"{student.path}: guidance {spec.baked_guidance:g} is baked into this file; share the student that "
-            "it was exported from"
+            f"{student.path}: guidance {spec.baked_guidance:g} is baked into this file; share the student "
+            "that it was exported from"
         )
     chosen = tuple(forms) or _usual(spec)
     card = Card(student, spec, _guidance(spec, guidance), None if licence is None else without_paths(licence))
