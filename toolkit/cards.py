@@ -47,7 +47,7 @@ def index(told: str, *, windows: bool, environment: Mapping[str, str] = os.envir
 
 
 def mending(told: str, *, torch: str, computes: bool, python: str) -> str | None:
-    """What to say where there is a card, and the installed torch (its version) has no way to compute on it."""
+    """What to say where there is a card, and the installed torch (a version) cannot compute on it."""
     chosen = build(told)
     if computes or chosen is None:
         return None
