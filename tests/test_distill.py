@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from leaks import leaks
 from make_checkpoint import make_teacher, make_tokenizer
 from make_lora import ATTENTION, named, random_factors, save_lora, weights_of
 from PIL import Image
@@ -83,6 +84,8 @@ def test_a_run_without_any_network_leaves_students_report_and_log(arguments, cal
         *("config.toml", "samples/start.png", "samples/guided.png", "samples/fold-2.png", "state/latest.pt"),
     }
     assert not [name for name in written if "partial" in name]
+    shown = [out / name for name in written if not name.startswith(("config.toml", "state/"))]
+    assert leaks(shown, str(tmp_path), "pytest-of-") == []
     spec = read_spec(out / "student.safetensors")
     assert spec is not None and spec.timesteps == (999, 499) and spec.prediction_type == "v_prediction"
     assert (spec.guidance_min, spec.guidance_max, spec.guidance_default) == (1, 8, 4)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from leaks import leaks
 from make_checkpoint import TINY, make_spec, make_student, make_teacher, make_tokenizer
 from test_files import without_folders
 from torch import Tensor
@@ -180,6 +181,8 @@ def test_a_diffusers_folder_opens_again_as_the_same_student(student: Checkpoint,
         "final_sigmas_type": "zero",
     }
     assert scheduler["timestep_spacing"] == "trailing"
+    files = [file for file in (tmp_path / "folder").rglob("*") if file.is_file()]
+    assert leaks(files, str(tmp_path), str(student.path.parent), "pytest-of-") == []
 
 
 def test_a_folder_again_is_the_same_bytes(epsilon: Checkpoint, tmp_path: Path) -> None:

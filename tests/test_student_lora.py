@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from leaks import leaks
 from make_checkpoint import make_teacher, make_tokenizer
 from make_lora import ATTENTION, named, random_factors, save_lora, weights_of
 from torch import Tensor
@@ -20,7 +21,8 @@ from toolkit import distill, evaluate
 from toolkit.diffusion.errors import BadInput
 from toolkit.diffusion.guidance import w_embedding
 from toolkit.inspect import describe
-from toolkit.runtime.files import load_tensors, read_spec, save_tensors
+from toolkit.runtime.files import load_tensors, read_metadata, read_spec, save_tensors
+from toolkit.sharing import share
 from toolkit.training import student_lora
 from toolkit.training.checkpoint import Checkpoint, open_checkpoint
 from toolkit.training.export import export_lora, pipeline_class, pipeline_scheduler
@@ -145,6 +147,29 @@ def test_a_lora_student_is_exported_at_another_guidance(
     old = load_tensors(run / "student-lora.safetensors")
     assert not torch.allclose(tensors[SHIFTED[1]], old[SHIFTED[1]], atol=1e-4)
     assert all(torch.equal(tensors[key], value) for key, value in old.items() if key != SHIFTED[1])
+
+
+def test_a_lora_student_is_shared_with_its_lora_and_nothing_tells_a_path(
+    run: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    words = arguments[arguments.index("--tokenizer") + 1]
+    student = open_checkpoint(run / "student.safetensors", tokenizer=words)
+    shared = share(student, tmp_path / "upload", guidance=5.0)
+    models = [file for file in shared.files if file.suffix == ".safetensors"]
+    assert [file.name for file in models] == [
+        "tiny-2steps-cfg5.safetensors",
+        "tiny-2steps-cfg5-lora.safetensors",
+    ]
+    assert {value.dtype for value in load_tensors(models[1]).values()} == {torch.float16}
+    spec, metadata = read_spec(models[1]), read_metadata(models[1])
+    assert spec is not None and spec.container == "lora" and spec.baked_guidance == 5.0
+    assert metadata["modelspec.architecture"].endswith("/lora") and "modelspec.thumbnail" in metadata
+    card = shared.files[-1].read_text(encoding="utf-8")
+    assert all(shared.hashes[file.name] in card for file in models) and "on tiny, the teacher" in card
+    made = [path for path in run.rglob("*") if path.is_file() and "state" not in path.parts]
+    kept = [path for path in made if path.name != "config.toml"]
+    assert {"report.html", "run.jsonl", "student-lora.safetensors"} <= {path.name for path in kept}
+    assert leaks([*kept, *shared.files], str(run.parent), str(tmp_path), "pytest-of-") == []
 
 
 def test_a_lora_student_without_its_lora_beside_it_says_so(run: Path, tmp_path: Path) -> None:

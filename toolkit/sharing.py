@@ -154,12 +154,14 @@ class Card:
         return {"parameters": f"{thumbnail.prompt}\n{line}"}
 
     def text(self, hashes: dict[Form, str], picture: str, notes: Sequence[str]) -> str:
-        title = f"{_one_line(self.spec.teacher_name)}, {self.steps}, guidance {self.guidance:g}"
+        low, high = self.spec.guidance_min, self.spec.guidance_max
+        is_free = all(self.has_dial(form) for form in hashes)
+        guidance = f"guidance {low:g} to {high:g}" if is_free else f"guidance {self.guidance:g}"
+        teacher = _one_line(self.spec.teacher_name)
         parts = [
-            f"# {title}",
-            f"![Made by this student]({picture})",
-            f"{_one_line(self.spec.teacher_name)}, distilled by FewStep: {self.steps}, one evaluation of the "
-            f"network each, at guidance {self.guidance:g}.",
+            f"# {teacher}, {self.steps}, {guidance}",
+            f"![A picture]({picture})",
+            f"{teacher}, distilled by FewStep: {self.steps}, one evaluation of the network each, at {guidance}.",
             "## Settings",
             *([self._settings()] if any(not self.has_dial(form) for form in hashes) else []),
             *([self._dial()] if any(self.has_dial(form) for form in hashes) else []),
