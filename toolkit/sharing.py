@@ -161,7 +161,7 @@ class Card:
         parts = [
             f"# {teacher}, {self.steps}, {guidance}",
             f"![A picture]({picture})",
-            f"{teacher}, distilled by FewStep: {self.steps}, one evaluation of the network each, at {guidance}.",
+            f"{teacher}, distilled by FewStep: {self.steps}, one evaluation of the network each, {guidance}.",
             "## Settings",
             *([self._settings()] if any(not self.has_dial(form) for form in hashes) else []),
             *([self._dial()] if any(self.has_dial(form) for form in hashes) else []),
