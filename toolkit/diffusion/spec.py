@@ -31,6 +31,14 @@ class AppliedLora:
 
 
 @dataclass(frozen=True)
+class AppliedEmbedding:
+    """A textual inversion that prompts could name while the student was trained."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class StudentSpec:
     """Guidance is in guidance_scale (1 = none); timesteps are training indices, descending for a decoder."""
 
@@ -56,6 +64,7 @@ class StudentSpec:
     clip_skip: int = 1
     cfg_rescale: float = 0.0
     loras: tuple[AppliedLora, ...] = ()
+    embeddings: tuple[AppliedEmbedding, ...] = ()
     lora_rank: int | None = None
     toolkit: str = "0.1.0"
 
@@ -83,7 +92,10 @@ class StudentSpec:
             )
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        values = asdict(self)
+        if not self.embeddings:  # files without any stay what they were before there was the field
+            del values["embeddings"]
+        return json.dumps(values, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> StudentSpec:
@@ -110,6 +122,7 @@ class StudentSpec:
             )
         values["timesteps"] = tuple(int(t) for t in values["timesteps"])
         values["loras"] = tuple(AppliedLora(**lora) for lora in values.get("loras", ()))
+        values["embeddings"] = tuple(AppliedEmbedding(**each) for each in values.get("embeddings", ()))
         if values.get("w_embedding") is not None:
             values["w_embedding"] = WEmbedding(**values["w_embedding"])
         return cls(**values)

@@ -43,6 +43,9 @@ class Settings:
     guidance: tuple[float, float]
     guidance_default: float
     negative: str
+    embedding: tuple[str, ...]
+    clip_skip: int | None
+    cfg_rescale: float
     lora: tuple[str, ...]
     with_lora: tuple[str, ...]
     data: str | None
@@ -93,8 +96,9 @@ EVERYWHERE = Defaults(
         steps=4,
         sampler="deterministic",
         guidance=(1.0, 15.0),
-        guidance_default=7.5,
         negative="",
+        embedding=(),
+        cfg_rescale=0.0,
         lora=(),
         with_lora=(),
         flip=False,
