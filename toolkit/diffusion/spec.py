@@ -78,6 +78,12 @@ class StudentSpec:
         off."""
         return self.w_embedding is not None and (self.baked_guidance is None or self.container == "lora")
 
+    @property
+    def unusual_clip_skip(self) -> int | None:
+        """The layer of the text encoders, from the end, where it is not the one that hosts read unasked."""
+        usual = 2 if self.family in ("sd2", "sdxl") else 1
+        return self.clip_skip if self.clip_skip > usual else None
+
     def check_guidance(self, guidance: float) -> None:
         """BadInput unless this student can run at the guidance_scale."""
         if self.baked_guidance is not None and guidance != self.baked_guidance:
