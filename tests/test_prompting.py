@@ -24,6 +24,7 @@ from toolkit.training.checkpoint import Checkpoint, open_checkpoint
 from toolkit.training.embeddings import content_of_prompts, with_prompting
 from toolkit.training.networks import UNetNetwork, encode_prompts, load_encoders, with_sizes
 from toolkit.training.prompting import chunks_of, weighted
+from toolkit.training.prompts import built_in_prompts, with_long_ones
 from toolkit.training.samples import kept_texts, taken
 from toolkit.training.teacher_samples import TeacherSampleRequest
 
@@ -69,7 +70,7 @@ class Letters:
     """A tokenizer with a token for every letter."""
 
     def __call__(self, text: str, *, verbose: bool) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=[0, *(ord(letter) for letter in text if letter != " "), 1])
+        return SimpleNamespace(input_ids=[0, *(ord(letter) for letter in text if not letter.isspace()), 1])
 
 
 # -- Reading ---------------------------------------------------------------------------------------------
@@ -275,6 +276,16 @@ def test_what_is_no_textual_inversion_of_this_model_is_one_sentence(folder: Path
     (folder / "notes.txt").write_text("none")
     assert ".safetensors" in said(opened, folder, "sd1", "notes.txt")
     assert "flat" in said(opened, folder, "sd1", "flat.safetensors", "flat.safetensors")
+
+
+def test_a_share_of_the_built_in_prompts_gets_two_or_three_chunks() -> None:
+    prompts = built_in_prompts(200, seed=0)
+    assert with_long_ones(prompts, 0.0, tokens=len, room=150, seed=1) == prompts
+    made = with_long_ones(prompts, 0.3, tokens=len, room=150, seed=1)
+    counts = [-(-len(prompt) // 150) for prompt in made]
+    assert {2, 3} == {count for count, old, new in zip(counts, prompts, made, strict=True) if new != old}
+    assert 40 <= sum(count > 1 for count in counts) <= 80
+    assert all(new.startswith(old) for new, old in zip(made, prompts, strict=True))
 
 
 # -- Guidance and the spec -------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ from .training.networks import (
     random_cond,
 )
 from .training.plan import Costs, Plan, make_plan, measure
-from .training.prompts import STYLES, built_in_prompts, read_prompts, style_of, with_triggers
+from .training.prompts import STYLES, built_in_prompts, read_prompts, style_of, with_long_ones, with_triggers
 from .training.samples import GuidanceRange, Samples, content_key
 from .training.settings import (
     LARGE,
@@ -372,7 +372,11 @@ def _check(settings: Settings, teacher: Teacher) -> None:
     for name in ("lr", "clip"):
         if not getattr(settings, name) > 0:
             raise BadInput(f"--{name} {getattr(settings, name)}: expected a number above 0")
-    for name in ("ema", "trajectory_share", "caption_dropout"):
+    if settings.long_prompts and (settings.data or settings.prompts or settings.demo):
+        raise BadInput(
+            "--long-prompts is of the built-in prompts; leave it out beside --data, --prompts and --demo"
+        )
+    for name in ("ema", "trajectory_share", "caption_dropout", "long_prompts"):
         if not 0 <= (getattr(settings, name) or 0) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 0 to 1")
     usable(settings.device)
@@ -449,10 +453,19 @@ def data_request(settings: Settings, phases: Sequence[Phase], teacher: Teacher) 
         )
     finest = max((phase.grid for phase in phases), key=len)
     kept = finest.refined(trajectory_steps(len(finest)) // len(finest), len(checkpoint.schedule))
-    prompts = tuple(_prompts(settings, teacher, settings.pictures, seed=settings.seed))
+    prompts = _prompts(settings, teacher, settings.pictures, seed=settings.seed)
+    if settings.long_prompts:
+        tokenizer, room = checkpoint.tokenizer(), checkpoint.room
+        prompts = with_long_ones(
+            prompts,
+            settings.long_prompts,
+            tokens=lambda text: len(tokenizer(text, verbose=False).input_ids) - 2,
+            room=room,
+            seed=settings.seed,
+        )
     return TeacherSampleRequest(
         teacher=_content(settings, checkpoint, prompts),
-        prompts=prompts,
+        prompts=tuple(prompts),
         negative=settings.negative,
         guidance=settings.guidance,
         sizes=sizes,

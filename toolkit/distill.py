@@ -229,6 +229,12 @@ def _parse() -> argparse.Namespace:
         choices=STYLES,
         help="of the built-in prompts (default: tags if the checkpoint's name tells that it is an anime one)",
     )
+    add(
+        "--long-prompts",
+        type=float,
+        metavar="F",
+        help="share of the built-in prompts that get two or three chunks of 75 tokens (default: 0)",
+    )
     add("--pictures", type=int, metavar="N", help="how many pictures the teacher makes")
     add(
         "--resolution",

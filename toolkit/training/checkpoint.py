@@ -127,6 +127,11 @@ class Checkpoint:
         return int(self.config("vae")["latent_channels"])
 
     @property
+    def room(self) -> int:
+        """Tokens in a chunk of a prompt, without its start and end mark: 75 in CLIP."""
+        return int(self.config("text_encoder")["max_position_embeddings"]) - 2
+
+    @property
     def conditioned(self) -> bool:
         """Whether the UNet has the guidance input."""
         return COND_PROJ in self.tensors

@@ -65,9 +65,8 @@ def content_of_prompts(checkpoint: Checkpoint, prompts: Sequence[str]) -> dict[s
     if checkpoint.clip_skip > usual:
         found["clip_skip"] = checkpoint.clip_skip
     names = [embedding.name for embedding in checkpoint.embeddings]
-    room = int(checkpoint.config("text_encoder")["max_position_embeddings"]) - 2
     tokenizer = checkpoint.tokenizer()
-    if not all(is_plain(prompt, tokenizer, room=room, names=names) for prompt in set(prompts)):
+    if not all(is_plain(prompt, tokenizer, room=checkpoint.room, names=names) for prompt in set(prompts)):
         found["prompting"] = 1
         found["embeddings"] = sorted((each.name, each.sha256) for each in checkpoint.embeddings)
     return found

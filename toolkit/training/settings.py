@@ -52,6 +52,7 @@ class Settings:
     flip: bool
     prompts: str | None
     prompt_style: str | None
+    long_prompts: float
     pictures: int
     resolution: str
     batch_size: int
@@ -99,6 +100,7 @@ EVERYWHERE = Defaults(
         negative="",
         embedding=(),
         cfg_rescale=0.0,
+        long_prompts=0.0,
         lora=(),
         with_lora=(),
         flip=False,
