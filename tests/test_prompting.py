@@ -20,8 +20,10 @@ from torch import Tensor
 from toolkit.diffusion.denoiser import Cond, Guided, concat_cond
 from toolkit.diffusion.errors import BadInput
 from toolkit.diffusion.spec import AppliedEmbedding, StudentSpec
+from toolkit.runtime.sentences import trained_with
 from toolkit.training.checkpoint import Checkpoint, open_checkpoint
 from toolkit.training.embeddings import content_of_prompts, with_prompting
+from toolkit.training.export import _sampling_notes
 from toolkit.training.networks import UNetNetwork, encode_prompts, load_encoders, with_sizes
 from toolkit.training.prompting import chunks_of, weighted
 from toolkit.training.prompts import built_in_prompts, with_long_ones
@@ -286,6 +288,13 @@ def test_a_share_of_the_built_in_prompts_gets_two_or_three_chunks() -> None:
     assert {2, 3} == {count for count, old, new in zip(counts, prompts, made, strict=True) if new != old}
     assert 40 <= sum(count > 1 for count in counts) <= 80
     assert all(new.startswith(old) for new, old in zip(made, prompts, strict=True))
+
+
+def test_what_an_unusual_layer_takes_is_said_where_a_student_goes() -> None:
+    skipping, usual = make_spec(clip_skip=2), make_spec(family="sdxl", clip_skip=2)
+    assert (skipping.unusual_clip_skip, usual.unusual_clip_skip) == (2, None)
+    assert trained_with(skipping) == ["clip skip 2"] and trained_with(usual) == []
+    assert "clip skip 2" in _sampling_notes(skipping)[-1] and len(_sampling_notes(usual)) == 1
 
 
 # -- Guidance and the spec -------------------------------------------------------------------------------
