@@ -22,6 +22,7 @@ from toolkit.diffusion.errors import BadInput
 from toolkit.diffusion.spec import AppliedEmbedding, StudentSpec
 from toolkit.runtime.sentences import trained_with
 from toolkit.training.checkpoint import Checkpoint, open_checkpoint
+from toolkit.training.earlier import _problem
 from toolkit.training.embeddings import content_of_prompts, with_prompting
 from toolkit.training.export import _sampling_notes
 from toolkit.training.networks import UNetNetwork, encode_prompts, load_encoders, with_sizes
@@ -295,6 +296,19 @@ def test_what_an_unusual_layer_takes_is_said_where_a_student_goes() -> None:
     assert (skipping.unusual_clip_skip, usual.unusual_clip_skip) == (2, None)
     assert trained_with(skipping) == ["clip skip 2"] and trained_with(usual) == []
     assert "clip skip 2" in _sampling_notes(skipping)[-1] and len(_sampling_notes(usual)) == 1
+
+
+def test_a_student_is_trained_on_only_with_its_own_prompting(folder: Path) -> None:
+    teacher = opened(folder, "sd1", "flat.safetensors", clip_skip=2, cfg_rescale=0.5)
+    inversions = tuple(each.applied for each in teacher.embeddings)
+    own = {"teacher_sha256": teacher.sha256, "clip_skip": 2, "cfg_rescale": 0.5, "embeddings": inversions}
+    assert _problem(make_spec(**own), teacher) is None
+    for name, value, word in (
+        ("clip_skip", 1, "--clip-skip 1"),
+        ("cfg_rescale", 0.0, "--cfg-rescale 0,"),
+        ("embeddings", (), "--embedding"),
+    ):
+        assert word in str(_problem(make_spec(**own | {name: value}), teacher))
 
 
 # -- Guidance and the spec -------------------------------------------------------------------------------
