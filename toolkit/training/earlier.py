@@ -140,7 +140,7 @@ def _problem(spec: StudentSpec, teacher: Checkpoint) -> str | None:
         ("--cfg-rescale", spec.cfg_rescale, teacher.cfg_rescale),
     ):
         if theirs != ours:
-            return f"this student was distilled with {option} {theirs:g}, and this run has {ours:g}; give the same"
+            return f"its run had {option} {theirs:g}, and this one has {ours:g}; give the same"
     if spec.embeddings != tuple(each.applied for each in teacher.embeddings):
         names = ", ".join(each.name for each in spec.embeddings) or "none"
         return f"textual inversions of its training: {names}; give the same --embedding"
