@@ -22,7 +22,13 @@ from ..toolkit.diffusion.errors import BadInput
 from ..toolkit.diffusion.solvers import start_noise
 from ..toolkit.diffusion.spec import StudentSpec
 from ..toolkit.runtime.samplers import start_timestep
-from ..toolkit.runtime.sentences import UNGUIDED, baked_ignores, negative_ignored, no_dial
+from ..toolkit.runtime.sentences import (
+    UNGUIDED,
+    baked_ignores,
+    clip_skip_differs,
+    negative_ignored,
+    no_dial,
+)
 from ..toolkit.runtime.student import Walk, plan_walk, sigmas_from
 from . import network
 from .messages import tell, tell_once
@@ -157,6 +163,9 @@ class FewStepSampler(KDiffusionSampler):
         _check_refiner(p, student.spec, plan.timesteps)
         if _has_negative(p, student.spec):
             tell_once(p, negative_ignored(student.spec))
+        wanted = student.spec.unusual_clip_skip
+        if wanted and wanted != getattr(shared.opts, "CLIP_stop_at_last_layers", wanted):
+            tell_once(p, f"{clip_skip_differs(student.spec)}: set the Clip skip to {wanted} in the settings")
         self.run = Run(p, student, plan)
         self.model_wrap_cfg.model_wrap = None
         self.model_wrap = self.model_wrap_cfg.inner_model

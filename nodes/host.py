@@ -50,6 +50,7 @@ from ..toolkit.runtime.sentences import (
     DIAL_MISSING,
     UNGUIDED,
     baked_ignores,
+    clip_skip_differs,
     metadata_gone,
     negative_ignored,
     no_dial,
@@ -532,6 +533,12 @@ def _warn_of_habits(spec: StudentSpec, options: Choice, guider: Any) -> None:
     cfg = _cfg_of(guider)
     if "negative" in guider.conds and not options.live_negative:
         say(f"{negative_ignored(spec)} (live_negative heeds one)", "info")
+    if spec.unusual_clip_skip:
+        say(
+            f"{clip_skip_differs(spec)}: CLIP Set Last Layer at -{spec.clip_skip} is right for it, and "
+            "FewStepLoadStudent sets that by itself",
+            "info",
+        )
     if spec.baked_guidance is not None and "negative" in guider.conds and cfg not in (1, spec.baked_guidance):
         say(baked_ignores(spec, cfg))
     elif spec.w_embedding is None and cfg != 1:

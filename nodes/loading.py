@@ -12,6 +12,7 @@ from comfy_api.latest import io, ui
 
 from ..toolkit.diffusion.errors import BadInput
 from ..toolkit.runtime.files import load_tensors
+from ..toolkit.runtime.sentences import trained_with
 from ..toolkit.runtime.student import StudentFile, describe, read_student
 from . import host, small
 
@@ -85,6 +86,9 @@ class FewStepLoadStudent(io.ComfyNode):
         found = read_student(path)
         _check(path, found)
         model, clip, vae = load_checkpoint(path, found)
+        if found.spec is not None and (skip := found.spec.unusual_clip_skip):
+            clip = clip.clone()
+            clip.clip_layer(-skip)
         return io.NodeOutput(with_choice(model, cfg_is_guidance, guidance, live_negative), clip, vae)
 
 
@@ -229,5 +233,6 @@ def facts(name: str, found: StudentFile) -> str:
         lines.append("its metadata is gone; these are the family's defaults")
     if spec.negative:
         lines.append(f'negative prompt baked in: "{spec.negative}"')
+    lines += trained_with(spec)
     lines += [f"LoRA in the teacher: {lora.name}, strength {lora.strength:g}" for lora in spec.loras]
     return "\n".join(lines)

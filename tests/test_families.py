@@ -39,7 +39,7 @@ from toolkit.training.recognise import recognise
 from toolkit.training.samples import draw_batch
 from toolkit.training.vocabulary import save_tokenizer
 
-PROMPTS = ["a red fox", "", "a very long prompt that goes on and on " * 4]
+PROMPTS = ["a red fox", "", "as long as it can be in 24 now"]
 LARGER = ["sd2", "sdxl"]
 
 

@@ -104,9 +104,11 @@ def test_a_teacher_runs_with_either_sampler_and_a_negative_prompt(folder, tmp_pa
     assert (tmp_path / "ddim.png").read_bytes() != (tmp_path / "dpmpp_2m.png").read_bytes()
 
 
-def test_a_prompt_over_the_encoders_length_is_cut_and_said(folder, tmp_path, caplog):
-    paint(folder, tmp_path / "a.png", "--prompt", "abcdefghijklmnopqrstuvwxyz")
-    assert "longer than the 22 tokens" in caplog.text and "wxyz" in caplog.text
+def test_a_prompt_over_the_encoders_length_is_heard_to_its_end(folder, tmp_path):
+    for name in ("xyz", "xya"):
+        paint(folder, tmp_path / f"{name}.png", "--prompt", "abcdefghijklmnopqrstuvw" + name)
+    first, second = (Image.open(tmp_path / f"{name}.png").tobytes() for name in ("xyz", "xya"))
+    assert first != second
 
 
 @pytest.mark.parametrize(
@@ -116,6 +118,10 @@ def test_a_prompt_over_the_encoders_length_is_cut_and_said(folder, tmp_path, cap
         (("--guidance", "99"), "99 was asked for.*1 to 15"),
         (("--negative", "ugly"), "'ugly' was asked for.*'blurry'"),
         (("--sampler", "ddim"), "brings its own"),
+        (("--cfg-rescale", "0.5"), "distilled in, and this one's is 0"),
+        (("--clip-skip", "9"), "have 2 layers"),
+        (("--embedding", "none.pt"), r"none\.pt: no such file"),
+        (("--prompt", "embedding:none"), "--embedding"),
         (("--strength", "0.5"), "--init-image"),
         (("--init-image", "start.png", "--strength", "1.5"), "above 0 and at most 1"),
         (("--init-image", "start.png", "--strength", "0"), "above 0 and at most 1"),

@@ -325,6 +325,15 @@ def test_a_picture_takes_one_row_at_each_trained_timestep_from_full_noise(host: 
     assert p.extra_generation_params == {} and p.comments == {}
 
 
+@pytest.mark.parametrize(("used", "is_told"), [(1, True), (2, False)])
+def test_another_clip_skip_than_the_students_is_told(host: Host, used: int, is_told: bool) -> None:
+    host.student(clip_skip=2)
+    host.shared.opts.CLIP_stop_at_last_layers = used
+    p = host.processing()
+    host.sampler().sample(p, noise(), None, None)
+    assert ("trained with clip skip 2" in "".join(p.comments)) == is_told
+
+
 @pytest.mark.parametrize("steps", [None, 4, 7])
 @pytest.mark.parametrize(("strength", "timesteps"), [(0.2, [199]), (0.5, [499, 249]), (0.6, [599, 499, 249])])
 def test_a_strength_starts_at_its_timestep_however_the_host_cuts(

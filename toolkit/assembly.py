@@ -45,6 +45,7 @@ from .training.adapters import CHECKPOINT_GRADIENTS_ABOVE, LoraShape, OneNetwork
 from .training.checkpoint import Checkpoint, save_student
 from .training.data import scan
 from .training.earlier import Earlier
+from .training.embeddings import content_of_prompts, with_prompting
 from .training.families import Override
 from .training.guests import Guest, Guests, parse_range
 from .training.image_samples import MASKS_EACH, ImageSampleRequest, make_image_samples
@@ -65,7 +66,7 @@ from .training.networks import (
     random_cond,
 )
 from .training.plan import Costs, Plan, make_plan, measure
-from .training.prompts import STYLES, built_in_prompts, read_prompts, style_of, with_triggers
+from .training.prompts import STYLES, built_in_prompts, read_prompts, style_of, with_long_ones, with_triggers
 from .training.samples import GuidanceRange, Samples, content_key
 from .training.settings import (
     LARGE,
@@ -127,6 +128,12 @@ class Teacher:
         loras = [(read_lora(file), strength) for file, strength in asked]
         if loras:
             checkpoint = merge_loras(checkpoint, loras)
+        checkpoint = with_prompting(
+            checkpoint,
+            embeddings=values.get("embedding") or (),
+            clip_skip=values.get("clip_skip"),
+            cfg_rescale=values.get("cfg_rescale"),
+        )
         ranges = [parse_range(text) for text in values.get("with_lora") or ()]
         guests = [Guest.of(read_lora(file), low, high, checkpoint=checkpoint) for file, low, high in ranges]
         return cls(
@@ -144,7 +151,7 @@ class Teacher:
         return tuple(dict.fromkeys(word for lora in files for word in lora.triggers))
 
     def lora_lines(self) -> list[str]:
-        """What is merged, for people."""
+        """What is merged, and what its prompts may name, for people."""
         lines = [
             f"{applied.name} at {applied.strength:g}: {lora.summary()}, merged into the teacher"
             for lora, applied in zip(self.loras, self.checkpoint.loras, strict=True)
@@ -154,6 +161,7 @@ class Teacher:
             f"{len(guest.updates)} layers of both UNets in {self.guests.share:.0%} of the batches"
             for guest in self.guests.all
         ]
+        lines += [f"textual inversion {line}" for line in _embedding_lines(self.checkpoint)]
         if self.triggers:
             words = ", ".join(self.triggers)
             lines.append(f"trigger words, in every second prompt that is made here: {words}")
@@ -215,6 +223,7 @@ def settle(
     slow = not small and device.startswith("cpu")
     default("report_prompts", 0 if slow else 6, "the device and the network's size")
     default("resolution", teacher.resolution, "the teacher's own")
+    default("guidance_default", teacher.checkpoint.of.guidance, "the family")
     if not (demo or values.get("prompts")):
         default("prompt_style", *_style(teacher.checkpoint))
     name = "demo" if demo and not values.get("ckpt") else teacher.checkpoint.name
@@ -231,6 +240,7 @@ def settle(
         "prompts",
         "prompt_style",
         "caption_dropout",
+        "clip_skip",
         "tokenizer",
         "text_encoder",
         "text_encoder_2",
@@ -241,7 +251,7 @@ def settle(
     if tuple(values["guidance"]) == (1, 1) and reasons["guidance_default"] not in ("you", "the config file"):
         values["guidance_default"], reasons["guidance_default"] = 1.0, "--guidance 1 1 is unguided"
     values.update(demo=demo, guidance=tuple(values["guidance"]), lora=tuple(values["lora"]))
-    values.update(with_lora=tuple(values["with_lora"]))
+    values.update(with_lora=tuple(values["with_lora"]), embedding=tuple(values["embedding"]))
     options: dict[str, Any] = {
         o.name: values.pop(o.name, o.default) for o in options_of(find_methods()[values["method"]])
     }
@@ -367,7 +377,11 @@ def _check(settings: Settings, teacher: Teacher) -> None:
     for name in ("lr", "clip"):
         if not getattr(settings, name) > 0:
             raise BadInput(f"--{name} {getattr(settings, name)}: expected a number above 0")
-    for name in ("ema", "trajectory_share", "caption_dropout"):
+    if settings.long_prompts and (settings.data or settings.prompts or settings.demo):
+        raise BadInput(
+            "--long-prompts is of the built-in prompts; leave it out beside --data, --prompts and --demo"
+        )
+    for name in ("ema", "trajectory_share", "caption_dropout", "long_prompts"):
         if not 0 <= (getattr(settings, name) or 0) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 0 to 1")
     usable(settings.device)
@@ -410,6 +424,7 @@ def _loop_settings(settings: Settings, checkpoint: Checkpoint) -> LoopSettings:
         lora=None if settings.rank is None else LoraShape(settings.rank),
         critic_lr=loras.values["lr"],
         caption_dropout=settings.caption_dropout,
+        cfg_rescale=settings.cfg_rescale,
     )
 
 
@@ -428,9 +443,11 @@ def data_request(settings: Settings, phases: Sequence[Phase], teacher: Teacher) 
     checkpoint = teacher.checkpoint
     sizes = teacher.sizes(settings.resolution, data=settings.data is not None)
     if settings.data:
+        found = scan(Path(settings.data))
+        captions = [picture.caption for picture in found.pictures]
         return ImageSampleRequest(
-            teacher=_content(settings, checkpoint),
-            scan=scan(Path(settings.data)),
+            teacher=_content(settings, checkpoint, captions),
+            scan=found,
             negative=settings.negative,
             sizes=sizes,
             channels=checkpoint.latent_channels,
@@ -441,9 +458,19 @@ def data_request(settings: Settings, phases: Sequence[Phase], teacher: Teacher) 
         )
     finest = max((phase.grid for phase in phases), key=len)
     kept = finest.refined(trajectory_steps(len(finest)) // len(finest), len(checkpoint.schedule))
+    prompts = _prompts(settings, teacher, settings.pictures, seed=settings.seed)
+    if settings.long_prompts:
+        tokenizer, room = checkpoint.tokenizer(), checkpoint.room
+        prompts = with_long_ones(
+            prompts,
+            settings.long_prompts,
+            tokens=lambda text: len(tokenizer(text, verbose=False).input_ids) - 2,
+            room=room,
+            seed=settings.seed,
+        )
     return TeacherSampleRequest(
-        teacher=_content(settings, checkpoint),
-        prompts=tuple(_prompts(settings, teacher, settings.pictures, seed=settings.seed)),
+        teacher=_content(settings, checkpoint, prompts),
+        prompts=tuple(prompts),
         negative=settings.negative,
         guidance=settings.guidance,
         sizes=sizes,
@@ -456,11 +483,12 @@ def data_request(settings: Settings, phases: Sequence[Phase], teacher: Teacher) 
         timesteps=() if kept == Grid.trailing(len(kept), len(checkpoint.schedule)) else kept.timesteps,
         told=checkpoint.of.sizes,
         masked=checkpoint.inpaint,
+        cfg_rescale=settings.cfg_rescale,
     )
 
 
-def _content(settings: Settings, checkpoint: Checkpoint) -> str:
-    """A hash of all of a teacher that its samples depend on."""
+def _content(settings: Settings, checkpoint: Checkpoint, prompts: Sequence[str]) -> str:
+    """A hash of all of a teacher that its samples with these prompts depend on."""
     parts: dict[str, Any] = {
         "sha256": checkpoint.sha256,
         "family": checkpoint.family,
@@ -468,6 +496,7 @@ def _content(settings: Settings, checkpoint: Checkpoint) -> str:
         "ztsnr": checkpoint.ztsnr,
         "loras": [(lora.sha256, lora.strength) for lora in checkpoint.loras],
         "words": [checkpoint.tokenizer(of.part).get_vocab() for of in checkpoint.of.text_encoders],
+        **content_of_prompts(checkpoint, [settings.negative, *prompts]),
     }
     # A folder's hash is of its UNet alone.
     if settings.text_encoder or settings.text_encoder_2 or settings.vae or checkpoint.path.is_dir():
@@ -671,6 +700,9 @@ def _spec(settings: Settings, checkpoint: Checkpoint, phase: Phase) -> StudentSp
         guidance_default=settings.guidance_default if phase.dial else 1.0,
         w_embedding=WEmbedding() if phase.dial else None,
         negative=settings.negative,
+        clip_skip=checkpoint.clip_skip,
+        cfg_rescale=checkpoint.cfg_rescale,
+        embeddings=tuple(each.applied for each in checkpoint.embeddings),
         lora_rank=settings.rank,
         loras=checkpoint.loras,
         toolkit=__version__,
@@ -822,6 +854,7 @@ def _report(
         **({"masks": SHARES} if teacher.checkpoint.inpaint else {}),
         "training": f"batch {settings.batch_size}, lr {settings.lr:g}, updates {settings.updates}",
         "seed": str(settings.seed),
+        **_use(teacher.checkpoint),
         **{f"LoRA {lora.name}": f"merged at strength {lora.strength:g}" for lora in teacher.checkpoint.loras},
         **_answers(settings, teacher),
         "computed in": f"{settings.precision} on {settings.device}",
@@ -845,6 +878,21 @@ def _earlier_told(spec: StudentSpec) -> str:
     return f"a student of {spec.steps} step{'s' if spec.steps > 1 else ''}, method {spec.method}"
 
 
+def _use(checkpoint: Checkpoint) -> dict[str, str]:
+    """How the teacher is used, where it is not as usual, in the report's words."""
+    said = {
+        "clip skip": str(checkpoint.clip_skip) if checkpoint.clip_skip > 1 else "",
+        "rescaled guidance": f"{checkpoint.cfg_rescale:g}" if checkpoint.cfg_rescale else "",
+        "textual inversions": "; ".join(_embedding_lines(checkpoint)),
+    }
+    return {name: value for name, value in said.items() if value}
+
+
+def _embedding_lines(checkpoint: Checkpoint) -> list[str]:
+    counts = [(each.name, len(each.vectors["text_encoder"])) for each in checkpoint.embeddings]
+    return [f"{name}, {count} vector{'s' if count > 1 else ''}" for name, count in counts]
+
+
 def _answers(settings: Settings, teacher: Teacher) -> dict[str, str]:
     """How the student answers to each LoRA that it was trained beside, in the report's words."""
     if not (settings.report_prompts and teacher.guests.all):
@@ -859,6 +907,7 @@ def _answers(settings: Settings, teacher: Teacher) -> dict[str, str]:
         return painter.latents(prompts, seeds=seeds, guidance=settings.guidance_default).x0
 
     student = open_for_people(Path(settings.out) / "student.safetensors", tokenizer=_path(settings.tokenizer))
+    student = dataclasses.replace(student, embeddings=teacher.checkpoint.embeddings)
     said: dict[str, str] = {}
     for guest in teacher.guests.all:
         answers = answers_to(guest.file, teacher=teacher.checkpoint, student=student, latents=latents)
@@ -881,6 +930,7 @@ def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> 
 
     def painter(path: Path) -> Painter:
         opened = open_for_people(path, tokenizer=_path(settings.tokenizer) or words)
+        opened = dataclasses.replace(opened, embeddings=teacher.checkpoint.embeddings)
         return Painter.open(opened, device=settings.device, dtype=dtype, turns=turns)
 
     out, last = Path(settings.out), len(phases[-1].grid)
@@ -908,6 +958,7 @@ def _encoder_showcase(settings: Settings, teacher: Teacher) -> Showcase:
         Path(settings.out) / "student.safetensors",
         tokenizer=_path(settings.tokenizer) or _words_beside(settings),
     )
+    opened = dataclasses.replace(opened, embeddings=teacher.checkpoint.embeddings)
     encoder, decoder = (
         Painter.open(checkpoint, device=settings.device, dtype=dtype)
         for checkpoint in (opened, teacher.checkpoint)

@@ -183,7 +183,7 @@ def _parse() -> argparse.Namespace:
         metavar=("LO", "HI"),
         help="range that stays adjustable (default: 1 15)",
     )
-    add("--guidance-default", type=float, metavar="G", help="what hosts start with (default: 7.5)")
+    add("--guidance-default", type=float, metavar="G", help="what hosts start with (default: the family's)")
     add(
         "--lora",
         action="append",
@@ -198,6 +198,20 @@ def _parse() -> argparse.Namespace:
         "second batch, at a random strength (default: 0.4-1.2); repeatable",
     )
     add("--negative", metavar="TEXT", help="negative prompt distilled into the student (default: none)")
+    add(
+        "--embedding",
+        action="append",
+        metavar="FILE",
+        help="a textual inversion that prompts and --negative name as embedding:FILE's name, or by the bare "
+        "name; repeatable",
+    )
+    add("--clip-skip", type=int, metavar="K", help="CLIP layer from the end (default: the family's usual)")
+    add(
+        "--cfg-rescale",
+        type=float,
+        metavar="PHI",
+        help="rescaled guidance of the teacher, for v-prediction models, 0 to 1 (default: 0, off)",
+    )
     add(
         "--data",
         metavar="DIR",
@@ -214,6 +228,12 @@ def _parse() -> argparse.Namespace:
         "--prompt-style",
         choices=STYLES,
         help="of the built-in prompts (default: tags if the checkpoint's name tells that it is an anime one)",
+    )
+    add(
+        "--long-prompts",
+        type=float,
+        metavar="F",
+        help="share of the built-in prompts that get two or three chunks of 75 tokens (default: 0)",
     )
     add("--pictures", type=int, metavar="N", help="how many pictures the teacher makes")
     add(

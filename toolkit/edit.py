@@ -14,7 +14,15 @@ from .diffusion.errors import BadInput
 from .evaluation.editing import Editor
 from .evaluation.painter import Painter
 from .evaluation.pictures import save_png, to_image
-from .opening import add_parts, choose_device, choose_dtype, open_for_people, parts_of
+from .opening import (
+    add_parts,
+    add_prompting,
+    choose_device,
+    choose_dtype,
+    open_for_people,
+    parts_of,
+    prompted,
+)
 from .training.checkpoint import Checkpoint
 from .training.images import load_picture
 from .training.networks import DTYPES
@@ -39,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise BadInput(f"{asked.out.name}: pictures are written as PNG; give -o a name that ends in .png")
     device = choose_device(asked.device)
     dtype = choose_dtype(asked.precision, device)
-    decoder, encoder = (open_for_people(path, **parts_of(asked)) for path in (asked.ckpt, asked.encoder))
+    decoder, encoder = (
+        prompted(open_for_people(path, **parts_of(asked)), asked) for path in (asked.ckpt, asked.encoder)
+    )
     _check_pair(decoder, encoder)
     painters = [Painter.open(model, device=device, dtype=dtype) for model in (encoder, decoder)]
     editor = Editor(encoder=painters[0], decoder=painters[1])
@@ -79,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--to", dest="after", required=True, metavar="TEXT", help="what it is to show")
     add("--guidance", type=float, metavar="G", help="of the decoder; default: its own")
     add("--seed", type=int, default=0, metavar="S", help="of decoders that add noise (default 0)")
+    add_prompting(parser)
     add_parts(parser)
     add("--device", help="cpu, cuda, cuda:1, mps ...; default: the best one there is")
     add("--precision", choices=sorted(DTYPES), help="default: fp16 on a GPU, fp32 elsewhere")

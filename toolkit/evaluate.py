@@ -36,9 +36,18 @@ from .evaluation.metrics import adherence, features
 from .evaluation.painter import Fill, Painter
 from .evaluation.pictures import save_png
 from .evaluation.showcase import side_by_side, verdict
-from .opening import add_parts, choose_device, choose_dtype, is_demo, open_for_people, parts_of
+from .opening import (
+    add_parts,
+    add_prompting,
+    choose_device,
+    choose_dtype,
+    is_demo,
+    open_for_people,
+    parts_of,
+)
 from .runtime.files import atomic_path
 from .training.checkpoint import Checkpoint
+from .training.embeddings import content_of_prompts, with_prompting
 from .training.images import SUFFIXES, load_picture
 from .training.lora import with_loras
 from .training.networks import DTYPES
@@ -71,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise BadInput(f"{teacher.path}: this is a {teacher.kind}; give the teacher as --teacher")
     parts.pop("override")
     students = {name: open_for_people(path, **parts) for name, path in _student_files(asked.student).items()}
+    teacher, students = _used_alike(teacher, students, asked)
     _say_other_loras(teacher, students)
     demo = is_demo(teacher)
     painters = {name: Painter.open(student, device=device, dtype=dtype) for name, student in students.items()}
@@ -83,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         yardstick=_yardstick(asked, painter, demo=demo, device=device),
         store=FolderStore(asked.cache_dir or asked.out / "cache"),
         teacher_name=teacher.name,
-        identities=_identities(teacher, students, asked),
+        identities=_identities(teacher, students, asked, [request.negative, *request.prompts]),
         batch=asked.batch_size,
         fill=_drawings_to_fill(request.prompts, asked.seed) if demo and teacher.inpaint else None,
     )
@@ -144,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--real", type=Path, metavar="DIR", help="real pictures, to measure distances to them as well")
     add("--inception", type=Path, metavar="FILE", help="inception-2015-12-05.pt, for FID as in papers")
     add("--clip", type=Path, metavar="DIR", help="a CLIP model's folder, for CLIP scores")
+    add_prompting(parser)
     add_parts(parser)
     add("--device", help="cpu, cuda, cuda:1, mps ...; default: the best one there is")
     add("--precision", choices=sorted(DTYPES), help="default: fp16 on a GPU, fp32 elsewhere")
@@ -257,15 +268,42 @@ def _say_other_loras(teacher: Checkpoint, students: Mapping[str, Checkpoint]) ->
             log.warning("%s: its teacher had these LoRAs merged: %s; give the same by --lora", name, theirs)
 
 
-def _identities(
+def _used_alike(
     teacher: Checkpoint, students: Mapping[str, Checkpoint], asked: argparse.Namespace
+) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    """The teacher with the clip skip and rescaled guidance that its first student was trained with, where
+    nothing else was said; all with the same textual inversions.
+    """
+    spec = next((student.spec for student in students.values() if student.spec is not None), None)
+    used = with_prompting(
+        teacher,
+        embeddings=asked.embedding,
+        clip_skip=spec.clip_skip if spec and asked.clip_skip is None else asked.clip_skip,
+        cfg_rescale=spec.cfg_rescale if spec and asked.cfg_rescale is None else asked.cfg_rescale,
+    )
+    return used, {
+        name: with_prompting(student, embeddings=asked.embedding) for name, student in students.items()
+    }
+
+
+def _identities(
+    teacher: Checkpoint,
+    students: Mapping[str, Checkpoint],
+    asked: argparse.Namespace,
+    prompts: Sequence[str],
 ) -> dict[str, str]:
     """What tells each model's pictures from another's: its file, other parts, precision and device."""
     parts = (*parts_of(asked).values(), asked.precision, asked.device)
     how = " ".join(map(str, parts))
     every = {teacher.name: teacher, **students}
     loras = {name: "".join(f" {lora}" for lora in checkpoint.loras) for name, checkpoint in every.items()}
-    return {name: f"{checkpoint.sha256} {how}{loras[name]}" for name, checkpoint in every.items()}
+    uses = {name: content_of_prompts(checkpoint, prompts) for name, checkpoint in every.items()}
+    if teacher.cfg_rescale:
+        uses[teacher.name]["cfg_rescale"] = teacher.cfg_rescale
+    return {
+        name: f"{checkpoint.sha256} {how}{loras[name]}" + (f" {uses[name]}" if uses[name] else "")
+        for name, checkpoint in every.items()
+    }
 
 
 def _edited(
@@ -275,7 +313,8 @@ def _edited(
     if asked.encoder is None:
         return
     parts = parts_of(asked) | {"override": None}
-    encoder = Painter.open(open_for_people(asked.encoder, **parts), device=device, dtype=dtype)
+    opened = with_prompting(open_for_people(asked.encoder, **parts), embeddings=asked.embedding)
+    encoder = Painter.open(opened, device=device, dtype=dtype)
     encoder.encoding()
     judge = load_judge() if demo else None
     if demo:

@@ -18,6 +18,7 @@ from .demo import INPAINT_TEACHER, TEACHER, TOKENIZER
 from .diffusion.errors import BadInput
 from .runtime.files import sha256_of
 from .training.checkpoint import Checkpoint, open_checkpoint
+from .training.embeddings import with_prompting
 from .training.families import Override
 from .training.networks import DTYPES
 from .training.settings import SMALL_PARAMETERS
@@ -73,6 +74,41 @@ def parts_of(asked: argparse.Namespace) -> dict[str, Any]:
         "vae": asked.vae,
         "override": Override.parse(asked.override),
     }
+
+
+def add_prompting(parser: argparse.ArgumentParser) -> None:
+    """The options of how prompts are read; :func:`prompted` takes them."""
+    add = parser.add_argument
+    add(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a textual inversion, which prompts name as embedding:NAME or NAME; repeatable",
+    )
+    add("--clip-skip", type=int, metavar="K", help="CLIP layer from the end; default: the model's own")
+    add("--cfg-rescale", type=float, metavar="PHI", help="rescaled guidance of a teacher, 0 to 1")
+
+
+def prompted(checkpoint: Checkpoint, asked: argparse.Namespace) -> Checkpoint:
+    """The model with the options of :func:`add_prompting`; what goes against a student's own is refused, or
+    warned of.
+    """
+    spec = checkpoint.spec
+    if spec is not None and asked.cfg_rescale not in (None, spec.cfg_rescale):
+        raise BadInput(
+            f"{checkpoint.path.name}: --cfg-rescale {asked.cfg_rescale:g} was asked for, but a student's is "
+            f"distilled in, and this one's is {spec.cfg_rescale:g}; leave it out"
+        )
+    used = with_prompting(
+        checkpoint,
+        embeddings=asked.embedding,
+        clip_skip=asked.clip_skip,
+        cfg_rescale=asked.cfg_rescale if spec is None else None,
+    )
+    if spec is not None and used.clip_skip != spec.clip_skip:
+        log.warning("%s was trained with clip skip %d", checkpoint.path.name, spec.clip_skip)
+    return used
 
 
 OVERRIDE_HELP = (

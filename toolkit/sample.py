@@ -10,7 +10,6 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPTokenizer
 
 from .command import print_json, run
 from .diffusion.errors import BadInput
@@ -25,7 +24,15 @@ from .evaluation.painter import (
     make_plan,
 )
 from .evaluation.pictures import save_png, to_image
-from .opening import add_parts, choose_device, choose_dtype, open_for_people, parts_of
+from .opening import (
+    add_parts,
+    add_prompting,
+    choose_device,
+    choose_dtype,
+    open_for_people,
+    parts_of,
+    prompted,
+)
 from .runtime.samplers import start_timestep
 from .training.checkpoint import Checkpoint
 from .training.images import load_grey, load_picture, picture_size
@@ -61,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"seed {asked.seed} and count {asked.count}: the seed must be 0 to 2^63 - 1, the count at least 1"
         )
     device = choose_device(asked.device)
-    checkpoint = with_loras(open_for_people(asked.ckpt, **parts_of(asked)), asked.lora)
+    checkpoint = prompted(with_loras(open_for_people(asked.ckpt, **parts_of(asked)), asked.lora), asked)
     plan = _checked_plan(checkpoint, asked)
     size = _size(checkpoint, asked)
     fill = None if asked.mask is None else _fill(asked)
@@ -71,7 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     x0 = None
     if asked.init_image is not None and fill is None:
         x0 = painter.encode(load_picture(asked.init_image, size[1], size[0])[None])
-    _say_what_was_cut(asked.prompt, checkpoint.tokenizer(), painter)
     painted = _paint(painter, plan, asked, x0=x0, fill=padded, size=size)
     images = painter.decode(painted.x0)
     if fill is not None:
@@ -143,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(TEACHER_SAMPLERS),
         help="of a teacher (default ddim); a student brings its own",
     )
+    add_prompting(parser)
     add_parts(parser)
     add("--device", help="cpu, cuda, cuda:1, mps ...; default: the best one there is")
     add("--precision", choices=sorted(DTYPES), help="default: fp16 on a GPU, fp32 elsewhere")
@@ -188,6 +195,12 @@ def _announcement(checkpoint: Checkpoint, plan: Plan, asked: argparse.Namespace)
         told += f"; it fills in what the mask says, {how}"
     elif checkpoint.inpaint:
         told += "; an inpainting model without a mask paints the whole picture"
+    if checkpoint.clip_skip > 1:
+        told += f"; clip skip {checkpoint.clip_skip}"
+    absent = {each.name for each in checkpoint.spec.embeddings} if checkpoint.spec else set[str]()
+    absent -= {each.name for each in checkpoint.embeddings}
+    if missing := sorted(name for name in absent if name.lower() in asked.prompt.lower()):
+        told += f"; {', '.join(missing)} was a textual inversion in training: give its file as --embedding"
     start = next(iter(plan.timesteps))
     wanted = start_timestep(_strength(asked), len(checkpoint.schedule))
     if asked.init_image is not None and start != wanted:
@@ -235,15 +248,6 @@ def _padded(fill: Fill, checkpoint: Checkpoint) -> Fill:
             "them would be filled; draw it wider, in white"
         )
     return padded
-
-
-def _say_what_was_cut(prompt: str, tokenizer: CLIPTokenizer, painter: Painter) -> None:
-    """Warn if the prompt has more tokens than the text encoder reads, its two end marks included."""
-    length = painter.texts([prompt])["text"].shape[1]
-    tokens = tokenizer(prompt, verbose=False).input_ids
-    if len(tokens) > length:
-        lost = tokenizer.decode(tokens[length - 1 : -1])
-        log.warning("the prompt is longer than the %d tokens that are read; left out: %r", length - 2, lost)
 
 
 def _paint(

@@ -33,7 +33,7 @@ from toolkit.training.layout import COND_PROJ
 from toolkit.training.networks import denoiser, encode_prompts, load_encoders, random_cond, with_sizes
 
 ROOT = Path(__file__).resolve().parents[2]
-PROMPTS = ["a red fox", "", "a very long prompt that goes on and on " * 4]
+PROMPTS = ["a red fox", "", "as long as it can be in 24 now"]
 FAMILIES = ("sd2", "sdxl")
 GUIDANCE = 4.0
 STUDENTS = {

@@ -24,7 +24,8 @@ class Batch:
 
     ``states`` (B, K, C, H, W), where given, are points of the teacher's own trajectory to x0 at the timesteps
     ``state_timesteps`` (descending) under the same w. The rows ``on_trajectory`` (B,) start from such points
-    and know where the teacher goes from there, so that it need not be asked again.
+    and know where the teacher goes from there, so that it need not be asked again. ``cfg_rescale``: of the
+    teacher's guidance.
     """
 
     x0: Tensor
@@ -34,6 +35,7 @@ class Batch:
     states: Tensor | None = None
     state_timesteps: tuple[int, ...] = ()
     on_trajectory: Tensor | None = None
+    cfg_rescale: float = 0.0
 
     def start(self, timestep: Tensor, *, schedule: NoiseSchedule, generator: torch.Generator) -> Tensor:
         """x at the timesteps (B,): ``x0 + sigma eps``, or the kept trajectory's point where there is one.
@@ -54,7 +56,7 @@ class Batch:
         """The batch of some rows, without their trajectories."""
         cond = {name: value[rows] for name, value in self.cond.items()}
         w = None if self.w is None else self.w[rows]
-        return Batch(x0=self.x0[rows], cond=cond, uncond=self.uncond, w=w)
+        return Batch(x0=self.x0[rows], cond=cond, uncond=self.uncond, w=w, cfg_rescale=self.cfg_rescale)
 
     def known(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Which rows (B,) have their trajectory's point at the timesteps (B,), and the points (B, C, H, W).
@@ -159,7 +161,7 @@ class Setting:
 
 def guided_teacher(denoiser: Denoiser, batch: Batch) -> Denoiser:
     """The teacher as classifier-free guidance runs it on this batch."""
-    return Guided(denoiser, batch.uncond)
+    return Guided(denoiser, batch.uncond, batch.cfg_rescale)
 
 
 def velocity_error(velocity: Tensor, target: Tensor) -> Tensor:

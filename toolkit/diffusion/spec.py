@@ -31,6 +31,14 @@ class AppliedLora:
 
 
 @dataclass(frozen=True)
+class AppliedEmbedding:
+    """A textual inversion that prompts could name while the student was trained."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class StudentSpec:
     """Guidance is in guidance_scale (1 = none); timesteps are training indices, descending for a decoder."""
 
@@ -56,6 +64,7 @@ class StudentSpec:
     clip_skip: int = 1
     cfg_rescale: float = 0.0
     loras: tuple[AppliedLora, ...] = ()
+    embeddings: tuple[AppliedEmbedding, ...] = ()
     lora_rank: int | None = None
     toolkit: str = "0.1.0"
 
@@ -68,6 +77,12 @@ class StudentSpec:
         """Whether a host can choose the guidance. A LoRA is baked only for stock loaders; ours take it
         off."""
         return self.w_embedding is not None and (self.baked_guidance is None or self.container == "lora")
+
+    @property
+    def unusual_clip_skip(self) -> int | None:
+        """The layer of the text encoders, from the end, where it is not the one that hosts read unasked."""
+        usual = 2 if self.family in ("sd2", "sdxl") else 1
+        return self.clip_skip if self.clip_skip > usual else None
 
     def check_guidance(self, guidance: float) -> None:
         """BadInput unless this student can run at the guidance_scale."""
@@ -83,7 +98,10 @@ class StudentSpec:
             )
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        values = asdict(self)
+        if not self.embeddings:  # files without any stay what they were before there was the field
+            del values["embeddings"]
+        return json.dumps(values, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> StudentSpec:
@@ -110,6 +128,7 @@ class StudentSpec:
             )
         values["timesteps"] = tuple(int(t) for t in values["timesteps"])
         values["loras"] = tuple(AppliedLora(**lora) for lora in values.get("loras", ()))
+        values["embeddings"] = tuple(AppliedEmbedding(**each) for each in values.get("embeddings", ()))
         if values.get("w_embedding") is not None:
             values["w_embedding"] = WEmbedding(**values["w_embedding"])
         return cls(**values)

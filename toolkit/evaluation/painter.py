@@ -104,7 +104,8 @@ class Fill:
 @dataclass(frozen=True, eq=False)
 class Painter:
     """``size`` is the height and width in pixels where none is asked for; ``spec`` is None for teachers;
-    ``inpaint``: whether the network sees a mask and a masked picture, all of it grey where none is given.
+    ``inpaint``: whether the network sees a mask and a masked picture, all of it grey where none is given;
+    ``cfg_rescale``: of a teacher's guidance.
 
     ``vae`` is diffusers' AutoencoderKL (Any, because this room does not import diffusers).
     """
@@ -117,6 +118,7 @@ class Painter:
     spec: StudentSpec | None = None
     device: torch.device | str = "cpu"
     inpaint: bool = False
+    cfg_rescale: float = 0.0
 
     @classmethod
     def open(
@@ -147,6 +149,7 @@ class Painter:
             spec=checkpoint.spec,
             device=device,
             inpaint=checkpoint.inpaint,
+            cfg_rescale=checkpoint.cfg_rescale,
         )
 
     @property
@@ -304,7 +307,8 @@ class Painter:
         run = TEACHER_SAMPLERS[plan.sampler]
         if plan.w is None:
             return self.denoiser, lambda seeds: run
-        return Guided(self.denoiser, self._conditioning([negative or ""])), lambda seeds: run
+        uncond = self._conditioning([negative or ""])
+        return Guided(self.denoiser, uncond, self.cfg_rescale), lambda seeds: run
 
     def _told(self, prompts: Sequence[str], shape: Sequence[int], fill: Fill | None) -> Cond:
         """All that the network is told of pictures whose latents have ``shape`` (C, h, w)."""

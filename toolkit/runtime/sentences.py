@@ -14,6 +14,19 @@ def negative_ignored(spec: StudentSpec) -> str:
     return f"the negative prompt has no effect on this student{baked}"
 
 
+def trained_with(spec: StudentSpec) -> list[str]:
+    """How prompts were read and guided in training, as far as it is not as usual."""
+    lines = [f"clip skip {spec.clip_skip}"] if spec.unusual_clip_skip else []
+    if spec.cfg_rescale:
+        lines.append(f"rescaled cfg {spec.cfg_rescale:g} of the teacher, distilled in")
+    lines += [f"textual inversion of the training prompts: {each.name}" for each in spec.embeddings]
+    return lines
+
+
+def clip_skip_differs(spec: StudentSpec) -> str:
+    return f"this student was trained with clip skip {spec.clip_skip}"
+
+
 def baked_ignores(spec: StudentSpec, cfg: float) -> str:
     return (
         f"this file has guidance {spec.baked_guidance:g} baked in: cfg {cfg:g} has no effect; set cfg 1, "

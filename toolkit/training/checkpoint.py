@@ -42,6 +42,7 @@ from .families import (
     resolution_for,
 )
 from .layout import COND_PROJ, PROJECTION, text_from_ldm, unet_from_ldm, unet_to_ldm, vae_from_ldm
+from .prompting import Embedding
 from .recognise import (
     INPUTS,
     Recognised,
@@ -70,7 +71,9 @@ class Checkpoint:
     """``tensors``: memory-mapped, under single-file keys; ``configs``: what a folder's own JSON says.
 
     ``resolution``: (width, height) in pixels that the file says it was trained for, else the family's.
-    ``loras``: what is merged into the tensors, beyond what the file holds.
+    ``loras``: what is merged into the tensors, beyond what the file holds. How its owner uses it:
+    ``clip_skip`` (1: the family's usual layer), textual inversions that prompts may name, and the rescaled
+    guidance of a teacher.
     """
 
     path: Path
@@ -86,6 +89,9 @@ class Checkpoint:
     configs: Mapping[str, Config]
     tokenizer_from: Path | Literal["hub"] | None
     loras: tuple[AppliedLora, ...] = ()
+    clip_skip: int = 1
+    embeddings: tuple[Embedding, ...] = ()
+    cfg_rescale: float = 0.0
 
     @property
     def of(self) -> Family:
@@ -119,6 +125,11 @@ class Checkpoint:
     @property
     def latent_channels(self) -> int:
         return int(self.config("vae")["latent_channels"])
+
+    @property
+    def room(self) -> int:
+        """Tokens in a chunk of a prompt, without its start and end mark: 75 in CLIP."""
+        return int(self.config("text_encoder")["max_position_embeddings"]) - 2
 
     @property
     def conditioned(self) -> bool:
@@ -296,6 +307,7 @@ def open_checkpoint(
         resolution=resolution_of(weights.metadata, resolution_for(family, prediction_type)),
         tensors=tensors,
         configs=configs,
+        clip_skip=1 if spec is None else spec.clip_skip,
         tokenizer_from=None if tokenizer is None else "hub" if str(tokenizer) == "hub" else Path(tokenizer),
     )
 

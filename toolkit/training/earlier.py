@@ -135,6 +135,15 @@ def _problem(spec: StudentSpec, teacher: Checkpoint) -> str | None:
             for loras in (spec.loras, teacher.loras)
         ]
         return f"LoRAs merged into its teacher: {names[0]}; in this run: {names[1]}; give the same --lora"
+    for option, theirs, ours in (
+        ("--clip-skip", spec.clip_skip, teacher.clip_skip),
+        ("--cfg-rescale", spec.cfg_rescale, teacher.cfg_rescale),
+    ):
+        if theirs != ours:
+            return f"its run had {option} {theirs:g}, and this one has {ours:g}; give the same"
+    if spec.embeddings != tuple(each.applied for each in teacher.embeddings):
+        names = ", ".join(each.name for each in spec.embeddings) or "none"
+        return f"textual inversions of its training: {names}; give the same --embedding"
     return None
 
 

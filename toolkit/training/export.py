@@ -31,6 +31,7 @@ from ..diffusion.errors import BadInput
 from ..diffusion.guidance import bias_shift, w_embedding
 from ..diffusion.spec import StudentSpec
 from ..runtime.files import atomic_path, load_tensors, read_spec, save_tensors
+from ..runtime.sentences import clip_skip_differs
 from .checkpoint import (
     Checkpoint,
     described,
@@ -501,6 +502,7 @@ def _sampling_notes(spec: StudentSpec) -> tuple[str, ...]:
     }
     return (
         f"it is trained for {spec.steps} evaluations, at the timesteps {timesteps}, by {own[spec.sampler]}",
+        *([f"{clip_skip_differs(spec)}: set that in hosts"] if spec.unusual_clip_skip else []),
     )
 
 

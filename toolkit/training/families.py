@@ -36,6 +36,11 @@ class TextEncoder:
     pad: str | None = None
 
     @property
+    def usual_clip_skip(self) -> int:
+        """The layer that the UNet was trained on, counted from the end: 1 is the last one."""
+        return 2 if self.penultimate else 1 + self.unused_layers
+
+    @property
     def tokenizer(self) -> str:
         """Its folder's name beside the encoder's in a diffusers folder."""
         return self.part.replace("text_encoder", "tokenizer")
@@ -46,6 +51,7 @@ class Family:
     """``heads`` of every attention, None for heads of 64 numbers each; sizes are (width, height) in pixels,
     ``portrait`` the one that people ask for beside ``resolution``.
 
+    ``guidance``: the guidance_scale of its stock pipeline.
     ``sizes``: the UNet is told the pooled text and the picture's sizes. ``vae_overflows`` in float16.
     """
 
@@ -57,6 +63,7 @@ class Family:
     resolution: tuple[int, int]
     portrait: tuple[int, int]
     architecture: str
+    guidance: float = 7.5
     sizes: bool = False
     vae_overflows: bool = False
 
@@ -106,6 +113,7 @@ SDXL = Family(
     (1024, 1024),
     (832, 1216),
     "stable-diffusion-xl-v1-base",
+    guidance=5.0,
     sizes=True,
     vae_overflows=True,
 )

@@ -67,6 +67,7 @@ class LoopSettings:
     lora: LoraShape | None = None
     critic_lr: float = 1e-4
     caption_dropout: float | None = None
+    cfg_rescale: float = 0.0
     state_minutes: float = 5.0
     sample_minutes: float = 5.0
 
@@ -306,6 +307,7 @@ class PhaseTrainer:
                     part,
                     guidance=settings.guidance,
                     trajectory_share=0.0 if visited else settings.trajectory_share,
+                    cfg_rescale=settings.cfg_rescale,
                     caption_dropout=self.caption_dropout,
                     generator=generator,
                     device=self.device,

@@ -4,14 +4,16 @@ latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..diffusion.denoiser import Cond, Network, NetworkDenoiser
@@ -21,6 +23,7 @@ from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import NoiseSchedule
 from .checkpoint import Checkpoint
 from .families import CLIP_L, TextEncoder, size_ids
+from .prompting import Chunk, chunks_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +48,20 @@ class UNetNetwork:
             cond["text"].to(dtype),
             timestep_cond=None if w is None else w_embedding(w).to(dtype),
             added_cond_kwargs=added_conditions(cond, dtype),
+            encoder_attention_mask=seen_tokens(cond),
             return_dict=False,
         )[0]
+
+
+def seen_tokens(cond: Cond) -> Tensor | None:
+    """(B, T) bool, where texts are of unequal length.
+
+    ComfyUI repeats the shorter texts instead: attention's answer is the same.
+    """
+    if "length" not in cond:
+        return None
+    length = cond["length"]
+    return torch.arange(cond["text"].shape[1], device=length.device) < length[:, None]
 
 
 def added_conditions(cond: Cond, dtype: torch.dtype) -> dict[str, Tensor] | None:
@@ -105,11 +120,15 @@ class Turns:
 
 @dataclass(frozen=True, eq=False)
 class LoadedEncoder:
-    """One text encoder, ready to run."""
+    """One text encoder, ready to run; ``clip_skip`` as in Checkpoint, ``vectors`` (n, C) of the textual
+    inversions by name.
+    """
 
     of: TextEncoder
     tokenizer: CLIPTokenizer
     model: CLIPTextModel | CLIPTextModelWithProjection
+    clip_skip: int = 1
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def load_encoders(
@@ -121,6 +140,8 @@ def load_encoders(
             encoder,
             checkpoint.tokenizer(encoder.part),
             place(checkpoint.text_encoder(dtype, part=encoder.part), device).eval(),
+            checkpoint.clip_skip,
+            {each.name: each.vectors[encoder.part] for each in checkpoint.embeddings},
         )
         for encoder in checkpoint.of.text_encoders
     ]
@@ -128,22 +149,96 @@ def load_encoders(
 
 @torch.no_grad()
 def encode_prompts(prompts: Sequence[str], encoders: Sequence[LoadedEncoder], *, batch: int = 64) -> Cond:
-    """ "text" (N, T, C) float32 on the CPU, the encoders' states side by side, prompts cut at T (77 in CLIP);
-    "pooled" (N, P) where an encoder gives it.
+    """ "text" (N, T, C) float32 on the CPU, the encoders' states side by side, T (77 in CLIP) for each chunk
+    of a prompt; "pooled" (N, P) where an encoder gives it, of the first chunk. "length" (N,) only where
+    prompts have unequally many chunks.
     """
-    rows: dict[str, list[Tensor]] = {}
+    texts: list[Tensor] = []
+    pooled: list[Tensor] = []
     for first in range(0, len(prompts), batch):
         part = list(prompts[first : first + batch])
-        texts: list[Tensor] = []
+        sides: list[list[Tensor]] = []
         for encoder in encoders:
-            tokens = _tokens(part, encoder).to(encoder.model.device)
-            answer: Any = encoder.model(tokens, output_hidden_states=encoder.of.penultimate)
-            state = answer.hidden_states[-2] if encoder.of.penultimate else answer.last_hidden_state
-            texts.append(state.float().cpu())
-            if encoder.of.pooled:
-                rows.setdefault("pooled", []).append(answer.text_embeds.float().cpu())
-        rows.setdefault("text", []).append(torch.cat(texts, dim=-1))
-    return {name: torch.cat(parts) for name, parts in rows.items()}
+            states, ends = _states(part, encoder)
+            sides.append(states)
+            if ends is not None:
+                pooled.append(ends)
+        for side_by_side in zip(*sides, strict=True):
+            shortest = min(map(len, side_by_side))
+            texts.append(torch.cat([states[:shortest] for states in side_by_side], dim=-1))
+    found = {"text": pad_sequence(texts, batch_first=True)}
+    if len({len(text) for text in texts}) > 1:
+        found["length"] = torch.tensor([len(text) for text in texts])
+    if pooled:
+        found["pooled"] = torch.cat(pooled)
+    return found
+
+
+def _states(prompts: list[str], encoder: LoadedEncoder) -> tuple[list[Tensor], Tensor | None]:
+    """Of each prompt its chunks' states in a row (T, C), weighted; and what is pooled of all first chunks.
+
+    A weight moves a token's state along the line from that of the empty prompt, as in ComfyUI. First chunks
+    run by themselves, so that other prompts never change a plain one's bits.
+    """
+    room = encoder.model.config.max_position_embeddings - 2
+    chunks = [chunks_of(prompt, encoder.tokenizer, room=room, vectors=encoder.vectors) for prompt in prompts]
+    states, pooled = _run([each[0] for each in chunks], encoder)
+    rows = list(states)
+    later = [chunk for each in chunks for chunk in each[1:]]
+    if any(weight != 1 for each in chunks for chunk in each for _, weight in chunk):
+        later.append([])
+    for first in range(0, len(later), len(prompts)):
+        rows += _run(later[first : first + len(prompts)], encoder)[0]
+    empty, place = rows[-1], len(prompts)
+    texts: list[Tensor] = []
+    for number, each in enumerate(chunks):
+        own = [rows[number], *rows[place : place + len(each) - 1]]
+        place += len(each) - 1
+        texts.append(torch.cat([_weigh(*pair, empty) for pair in zip(own, each, strict=True)]))
+    return texts, pooled
+
+
+def _weigh(states: Tensor, chunk: Chunk, empty: Tensor) -> Tensor:
+    weights = torch.ones(len(states), 1)
+    weights[1 : 1 + len(chunk), 0] = torch.tensor([weight for _, weight in chunk])
+    return torch.where(weights == 1, states, (states - empty) * weights + empty)
+
+
+def _run(chunks: Sequence[Chunk], encoder: LoadedEncoder) -> tuple[Tensor, Tensor | None]:
+    """States (N, T, C) and what is pooled (N, P), float32 on the CPU."""
+    model = encoder.model
+    back = max(encoder.clip_skip, encoder.of.usual_clip_skip) - encoder.of.unused_layers
+    with _standing_in(chunks, model):
+        answer: Any = model(_tokens(chunks, encoder).to(model.device), output_hidden_states=back > 1)
+    state = answer.last_hidden_state if back == 1 else answer.hidden_states[-back]
+    if back > 1 and not encoder.of.penultimate:
+        names = [name for name, _ in model.named_modules() if name.endswith("final_layer_norm")]
+        state = model.get_submodule(names[0])(state)
+    return state.float().cpu(), answer.text_embeds.float().cpu() if encoder.of.pooled else None
+
+
+@contextmanager
+def _standing_in(chunks: Sequence[Chunk], model: CLIPTextModel) -> Generator[None, None, None]:
+    """Textual inversions' vectors in the places of word pieces."""
+    vectors = [
+        (row, column, token)
+        for row, chunk in enumerate(chunks)
+        for column, (token, _) in enumerate(chunk, 1)
+        if isinstance(token, Tensor)
+    ]
+
+    def put(module: torch.nn.Module, inputs: object, words: Tensor) -> Tensor:
+        words = words.clone()
+        for row, column, vector in vectors:
+            words[row, column] = vector.to(words)
+        return words
+
+    hook = model.get_input_embeddings().register_forward_hook(put) if vectors else None
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 def encode_texts(
@@ -153,16 +248,17 @@ def encode_texts(
     return encode_prompts(prompts, [LoadedEncoder(CLIP_L, tokenizer, text_encoder)], batch=batch)["text"]
 
 
-def _tokens(prompts: list[str], encoder: LoadedEncoder) -> Tensor:
-    """(N, T) int64, filled up after the end mark as the family does.
+def _tokens(chunks: Sequence[Chunk], encoder: LoadedEncoder) -> Tensor:
+    """(N, T) int64, filled up after the end mark as the family does; 0 where a vector stands in.
 
     Padding here, not in the tokenizer: made its pad token, "!" would be split off the words that it ends.
     """
     tokenizer, length = encoder.tokenizer, encoder.model.config.max_position_embeddings
     pad: Any = encoder.of.pad or tokenizer.pad_token
     filler = tokenizer.convert_tokens_to_ids(pad)
-    rows: list[list[int]] = tokenizer(prompts, truncation=True, max_length=length).input_ids
-    return torch.tensor([row + [filler] * (length - len(row)) for row in rows])
+    start, end = tokenizer("").input_ids
+    rows = [[0 if isinstance(token, Tensor) else token for token, _ in chunk] for chunk in chunks]
+    return torch.tensor([[start, *row, end] + [filler] * (length - 2 - len(row)) for row in rows])
 
 
 def with_sizes(cond: Cond, *, width: int, height: int) -> Cond:

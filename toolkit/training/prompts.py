@@ -163,6 +163,23 @@ def with_triggers(prompts: Sequence[str], triggers: Sequence[str]) -> list[str]:
     return [f"{words}, {prompt}" if words and row % 2 == 0 else prompt for row, prompt in enumerate(prompts)]
 
 
+def with_long_ones(
+    prompts: Sequence[str], share: float, *, tokens: Callable[[str], int], room: int, seed: int
+) -> list[str]:
+    """The prompts, about a ``share`` of them joined with others until they fill one or two chunks of ``room``
+    tokens and begin another.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    made: list[str] = []
+    for prompt in prompts:
+        if float(torch.rand((), generator=generator)) < share:
+            filled = room * int(torch.randint(1, 3, (), generator=generator))
+            while tokens(prompt) <= filled:
+                prompt += f", {prompts[int(torch.randint(len(prompts), (), generator=generator))]}"
+        made.append(prompt)
+    return made
+
+
 def read_prompts(path: Path) -> list[str]:
     """The non-empty lines of a text file (UTF-8 or UTF-16 with a byte order mark, else UTF-8)."""
     prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]

@@ -66,7 +66,7 @@ class Samples:
 
     @property
     def uncond(self) -> Cond:
-        return {name: value[:1].float() for name, value in self.texts.items()}
+        return taken(self.texts, torch.tensor([0]))
 
     def cond(self, rows: Mapping[str, Tensor]) -> Cond:
         """The conditioning of samples (:meth:`rows`)."""
@@ -103,6 +103,7 @@ def draw_batch(
     *,
     guidance: GuidanceRange,
     trajectory_share: float,
+    cfg_rescale: float = 0.0,
     caption_dropout: float = 0.0,
     generator: torch.Generator,
     device: torch.device,
@@ -129,6 +130,7 @@ def draw_batch(
         states=states,
         state_timesteps=samples.state_timesteps,
         on_trajectory=own.to(device),
+        cfg_rescale=cfg_rescale,
     )
 
 
@@ -195,12 +197,23 @@ def kept_texts(
     row_of = {prompt: row for row, prompt in reversed(list(enumerate(different)))}
     path = folder / "texts.safetensors"
     if not path.exists():
-        save_tensors({name: value.half() for name, value in encode(different).items()}, {}, path)
+        found = encode(different)
+        halved = {name: value.half() if value.is_floating_point() else value for name, value in found.items()}
+        save_tensors(halved, {}, path)
     return load_tensors(path), torch.tensor([row_of[prompt] for prompt in prompts])
 
 
 def taken(texts: Cond, rows: Tensor) -> Cond:
-    return {name: value[rows].float() for name, value in texts.items()}
+    """Some of the texts in float32, no longer than the longest of them; "length" if it takes one."""
+    found = {name: value[rows].float() for name, value in texts.items()}
+    if "length" not in found:
+        return found
+    length = found["length"].long()
+    found["text"] = found["text"][:, : int(length.max())]
+    if int(length.min()) == int(length.max()):
+        del found["length"]
+        return found
+    return {**found, "length": length}
 
 
 def kept_samples(folder: Path, count: int, texts: Cond, state_timesteps: tuple[int, ...] = ()) -> Samples:

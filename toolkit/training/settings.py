@@ -43,12 +43,16 @@ class Settings:
     guidance: tuple[float, float]
     guidance_default: float
     negative: str
+    embedding: tuple[str, ...]
+    clip_skip: int | None
+    cfg_rescale: float
     lora: tuple[str, ...]
     with_lora: tuple[str, ...]
     data: str | None
     flip: bool
     prompts: str | None
     prompt_style: str | None
+    long_prompts: float
     pictures: int
     resolution: str
     batch_size: int
@@ -93,8 +97,10 @@ EVERYWHERE = Defaults(
         steps=4,
         sampler="deterministic",
         guidance=(1.0, 15.0),
-        guidance_default=7.5,
         negative="",
+        embedding=(),
+        cfg_rescale=0.0,
+        long_prompts=0.0,
         lora=(),
         with_lora=(),
         flip=False,

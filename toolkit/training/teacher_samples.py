@@ -68,6 +68,7 @@ class TeacherSampleRequest:
     told: bool = False
     masked: bool = False
     timesteps: tuple[int, ...] = ()
+    cfg_rescale: float = 0.0
     version: int = 1
     """To be raised when the same request makes other pictures."""
 
@@ -76,7 +77,10 @@ class TeacherSampleRequest:
         return Grid(self.timesteps) if self.timesteps else Grid.trailing(self.steps, len(schedule))
 
     def folder(self, cache: Path) -> Path:
-        return cache / f"teacher-{content_key(asdict(self))}"
+        content = asdict(self)
+        if not self.cfg_rescale:  # caches made before there was the field are still found
+            del content["cfg_rescale"]
+        return cache / f"teacher-{content_key(content)}"
 
     @property
     def evaluations(self) -> int:
@@ -148,7 +152,11 @@ def make_teacher_samples(
     grid = request.grid(schedule)
     painting = _Painting(
         request,
-        Guided(teacher, {name: value[:1].float().to(device) for name, value in texts.items()}),
+        Guided(
+            teacher,
+            {name: value.to(device) for name, value in taken(texts, torch.tensor([0])).items()},
+            request.cfg_rescale,
+        ),
         grid.sigmas(schedule),
         device,
     )
