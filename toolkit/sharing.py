@@ -239,15 +239,15 @@ def share(
             f"{student.path}: guidance {spec.baked_guidance:g} is baked into this file; share the student "
             "that it was exported from"
         )
-    chosen = tuple(forms) or _usual(spec)
+    chosen: tuple[Form, ...] = tuple(forms) or _usual(spec)
     card = Card(student, spec, _guidance(spec, guidance), None if licence is None else without_paths(licence))
     _check_folder(folder, [card.name(form) for form in chosen])
     picture = _given(thumbnail) if thumbnail else _painted(student, card.guidance, device, dtype)
-    exported = {
+    exported: dict[Form, Exported] = {
         form: _export(student, folder / card.name(form), form, card, card.metadata(form, picture))
         for form in chosen
     }
-    hashes = {form: sha256_of(one.files[0]) for form, one in exported.items()}
+    hashes: dict[Form, str] = {form: sha256_of(one.files[0]) for form, one in exported.items()}
     first = chosen[0]
     files = [file for one in exported.values() for file in one.files]
     for form in chosen:

@@ -218,7 +218,9 @@ def _run(chunks: Sequence[Chunk], encoder: LoadedEncoder) -> tuple[Tensor, Tenso
 
 
 @contextmanager
-def _standing_in(chunks: Sequence[Chunk], model: CLIPTextModel) -> Generator[None, None, None]:
+def _standing_in(
+    chunks: Sequence[Chunk], model: CLIPTextModel | CLIPTextModelWithProjection
+) -> Generator[None, None, None]:
     """Textual inversions' vectors in the places of word pieces."""
     vectors = [
         (row, column, token)
