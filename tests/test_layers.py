@@ -11,7 +11,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-TRAINING_PACKAGES = {"accelerate", "diffusers", "peft", "psutil", "transformers", "webdataset"}
+TRAINING_PACKAGES = {
+    "accelerate",
+    "bitsandbytes",
+    "diffusers",
+    "peft",
+    "psutil",
+    "transformers",
+    "webdataset",
+}
 DATA_PACKAGES = {"PIL", "numpy", "safetensors", "torch", "tqdm"}
 TOML = {"tomli", "tomllib"}  # the first stands in for the second, which Python 3.10 lacks
 COMFYUI = {"aiohttp", "comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview"}

@@ -5,6 +5,7 @@ wrong.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -333,6 +334,118 @@ def test_a_run_killed_without_warning_goes_on_from_its_last_state(tmp_path, at, 
     assert equal(resumed["fold-1"], whole["fold-1"])
     lines = [json.loads(line) for line in (tmp_path / "killed" / "run.jsonl").read_text().splitlines()]
     assert [(line["phase"], line["update"]) for line in lines] == [("guided", 4), ("fold-1", 3)]
+
+
+def memory_for(pictures, at=0):
+    """Losses of phases under which more ``pictures`` at once do not fit, from the call numbered ``at`` on."""
+    calls = itertools.count()
+
+    def limited(loss):
+        def call(*, batch, **arguments):
+            if next(calls) >= at and len(batch.x0) > pictures:
+                raise torch.OutOfMemoryError
+            return loss(batch=batch, **arguments)
+
+        return call
+
+    return limited
+
+
+def with_losses(work: Job, change) -> Job:
+    return dataclasses.replace(
+        work, phases=[dataclasses.replace(phase, loss=change(phase.loss)) for phase in work.phases]
+    )
+
+
+def updates_of(out: Path) -> list[tuple[str, int, int]]:
+    lines = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
+    return [(line["phase"], line["update"], line["micro_batch"]) for line in lines]
+
+
+@EITHER
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch_and_its_samples(tmp_path, settings, caplog):
+    drawn: dict[str, list[list[float]]] = {"calm": [], "tight": []}
+    for name, change in (("calm", memory_for(4)), ("tight", memory_for(2, at=2))):
+
+        def seen(loss, change=change, now=drawn[name]):
+            limited = change(loss)
+
+            def call(*, batch, **arguments):
+                losses = limited(batch=batch, **arguments)
+                now.append(batch.x0.flatten(1).sum(1).tolist())
+                return losses
+
+            return call
+
+        work, _ = job(tmp_path / name)
+        train(with_losses(work, seen), settings, device=CPU)
+    assert updates_of(tmp_path / "calm") == [("guided", 4, 3), ("fold-1", 3, 3)]
+    assert updates_of(tmp_path / "tight") == [("guided", 4, 2), ("fold-1", 3, 2)]
+    assert [len(piece) for piece in drawn["calm"]] == [3, 1] * 7
+    assert [len(piece) for piece in drawn["tight"]] == [3, 1] + [2, 1, 1] * 6
+    calm, tight = (list(itertools.chain(*pieces)) for pieces in drawn.values())
+    assert tight == calm
+    assert [record.message for record in caplog.records] == [
+        "out of memory at update 1 of phase guided with 3 pictures at once; going on with 2, the batch "
+        "stays 4"
+    ]
+
+
+def test_where_in_an_update_the_memory_was_out_leaves_no_trace(tmp_path):
+    def result(at: int) -> dict[str, Tensor]:
+        calls = itertools.count()
+
+        def failing(loss):
+            def call(**arguments):
+                if next(calls) == at:
+                    raise torch.OutOfMemoryError
+                return loss(**arguments)
+
+            return call
+
+        work, students = job(tmp_path / str(at))
+        train(with_losses(work, failing), SETTINGS, device=CPU)
+        return students["fold-1"]
+
+    assert equal(result(2), result(3)), "the first and the second micro-batch of the second update"
+
+
+@pytest.mark.parametrize("killed", [5, 8, 14])
+@EITHER
+def test_a_run_out_of_memory_then_killed_and_resumed_gives_the_same_bytes(tmp_path, killed, settings):
+    """Resumed on a device that has memory enough: the run must not go back to its first micro-batch."""
+    work, whole = job(tmp_path / "whole")
+    train(with_losses(work, memory_for(2, at=3)), settings, device=CPU)
+    work, resumed = job(tmp_path / "killed")
+    calls = itertools.count()
+
+    def killing(loss):
+        limited = memory_for(2)(loss)
+
+        def call(**arguments):
+            number = next(calls)
+            if number == killed:
+                raise Killed
+            return (limited if number >= 3 else loss)(**arguments)
+
+        return call
+
+    with pytest.raises(Killed):
+        train(with_losses(work, killing), settings, device=CPU)
+    train(work, settings, device=CPU)
+    assert equal(resumed["fold-1"], whole["fold-1"])
+    assert updates_of(tmp_path / "killed") == updates_of(tmp_path / "whole")
+
+
+def test_out_of_memory_with_one_picture_at_once_is_said_in_a_sentence(tmp_path, caplog):
+    work, _ = job(tmp_path)
+    with pytest.raises(BadInput, match=r"cannot be helped by fewer pictures at once; .*state.*--resume"):
+        train(with_losses(work, memory_for(0, at=2)), SETTINGS, device=CPU)
+    assert [record.message.partition("; ")[2] for record in caplog.records] == [
+        f"going on with {count}, the batch stays 4" for count in (2, 1)
+    ]
+    train(work, SETTINGS, device=CPU)
+    assert updates_of(tmp_path) == [("guided", 4, 1), ("fold-1", 3, 1)]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path):

@@ -65,7 +65,9 @@ from .training.networks import (
     place,
     random_cond,
 )
+from .training.optimizers import require_optimizer
 from .training.plan import Costs, Plan, make_plan, measure
+from .training.presets import fitting_micro_batch, preset_defaults
 from .training.prompts import STYLES, built_in_prompts, read_prompts, style_of, with_long_ones, with_triggers
 from .training.samples import GuidanceRange, Samples, content_key
 from .training.settings import (
@@ -74,6 +76,7 @@ from .training.settings import (
     LORA_SMALL,
     SMALL,
     SMALL_PARAMETERS,
+    Defaults,
     Settings,
     parse_resolution,
     phase_updates,
@@ -191,14 +194,31 @@ class Teacher:
 
 
 def settle(
-    given: Mapping[str, Any], config: Mapping[str, Any], teacher: Teacher, *, free: int | None = None
+    given: Mapping[str, Any],
+    config: Mapping[str, Any],
+    teacher: Teacher,
+    *,
+    free: int | None = None,
+    preset: str | None = None,
 ) -> tuple[Settings, dict[str, str]]:
-    """All settings with their reasons, checked; ``free``: bytes to plan for, instead of what is free."""
+    """All settings with their reasons, checked; ``free``: bytes to plan for, instead of what is free;
+    ``preset``: whose decisions count where nobody else's do.
+    """
     small = teacher.checkpoint.unet_parameters < SMALL_PARAMETERS
     demo = teacher.demo
     device = _device({**config, **given})
     earlier = teacher.earlier.defaults if teacher.earlier else {}
-    chosen = _choose_route({**earlier, **config, **given}, teacher, device=device, free=free)
+    of_preset: Defaults | None = None
+    asked = {**earlier, **config, **given}
+    require_optimizer(asked.get("optimizer") or "adamw")
+    if preset is not None:
+        has_bf16 = not device.startswith("cuda") or _has_bf16()
+        of_preset = preset_defaults(preset, small=small, precision="bf16" if has_bf16 else "fp16")
+        asked = {**of_preset.values, **asked}
+    chosen = _choose_route(asked, teacher, device=device, free=free)
+    if of_preset is not None and free is not None and not small and "micro_batch" not in asked:
+        count = _fitting(asked, teacher, chosen, device=device, free=free)
+        of_preset = dataclasses.replace(of_preset, values={**of_preset.values, "micro_batch": count})
     resolved = resolve(
         given,
         config,
@@ -206,6 +226,7 @@ def settle(
         demo=demo,
         student=chosen.student,
         earlier=earlier,
+        preset=of_preset,
     )
     values, reasons = dict(resolved.values), dict(resolved.reasons)
 
@@ -241,6 +262,7 @@ def settle(
         "prompt_style",
         "caption_dropout",
         "clip_skip",
+        "cache_gb",
         "tokenizer",
         "text_encoder",
         "text_encoder_2",
@@ -291,26 +313,20 @@ def _precision(asked: Mapping[str, Any], *, small: bool) -> str:
     device = _device(asked)
     if small or device.startswith("cpu"):
         return "fp32"
-    has_bf16 = not device.startswith("cuda") or torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if has_bf16 else "fp16"
+    return "bf16" if not device.startswith("cuda") or _has_bf16() else "fp16"
+
+
+def _has_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _choose_route(
     asked: Mapping[str, Any], teacher: Teacher, *, device: str, free: int | None = None
 ) -> Route:
     """How the student is trained, by what was asked for and the memory that is free."""
-    checkpoint = teacher.checkpoint
-    small = checkpoint.unet_parameters < SMALL_PARAMETERS
+    small = teacher.checkpoint.unet_parameters < SMALL_PARAMETERS
     usual: dict[str, Any] = {**(SMALL if small else LARGE).values, **asked}
-    sizes = teacher.sizes(usual.get("resolution") or teacher.resolution, data=bool(usual.get("data")))
-    width, height = max(sizes, key=math.prod)
-    needs = Needs(
-        checkpoint,
-        width,
-        height,
-        batch=max(1, min(usual["micro_batch"], usual["batch_size"])),
-        looks=usual.get("report_prompts", 0 if device.startswith("cpu") and not small else 6) > 0,
-    )
+    needs = _needs(usual, teacher, device=device)
     precision = _precision(asked, small=small)
     highest = int((LORA_SMALL if small else LORA_LARGE).values["rank"])
     return choose_route(
@@ -321,7 +337,38 @@ def _choose_route(
         ranks=[rank for rank in (64, 32, 16, 8) if rank <= highest],
         precisions=[precision, "bf16"] if precision == "fp32" and not asked.get("precision") else [precision],
         ema=usual["ema"],
+        optimizer=usual.get("optimizer") or "adamw",
     )
+
+
+def _needs(usual: Mapping[str, Any], teacher: Teacher, *, device: str) -> Needs:
+    """The memory of a run at the largest of its sizes."""
+    small = teacher.checkpoint.unet_parameters < SMALL_PARAMETERS
+    sizes = teacher.sizes(usual.get("resolution") or teacher.resolution, data=bool(usual.get("data")))
+    width, height = max(sizes, key=math.prod)
+    return Needs(
+        teacher.checkpoint,
+        width,
+        height,
+        batch=max(1, min(usual["micro_batch"], usual["batch_size"])),
+        looks=usual.get("report_prompts", 0 if device.startswith("cpu") and not small else 6) > 0,
+    )
+
+
+def _fitting(asked: Mapping[str, Any], teacher: Teacher, route: Route, *, device: str, free: int) -> int:
+    """The most pictures at once that a large network's route has the memory for."""
+    usual: dict[str, Any] = {**LARGE.values, **asked}
+
+    def takes(count: int) -> int:
+        stages = _needs({**usual, "micro_batch": count}, teacher, device=device).stages(
+            rank=route.rank,
+            precision=route.precision,
+            ema=usual["ema"],
+            optimizer=usual.get("optimizer") or "adamw",
+        )
+        return max(stages.values())
+
+    return fitting_micro_batch(takes, free=free, batch=usual["batch_size"])
 
 
 def _style(checkpoint: Checkpoint) -> tuple[str, str]:
@@ -377,6 +424,8 @@ def _check(settings: Settings, teacher: Teacher) -> None:
     for name in ("lr", "clip"):
         if not getattr(settings, name) > 0:
             raise BadInput(f"--{name} {getattr(settings, name)}: expected a number above 0")
+    if settings.cache_gb is not None and not settings.cache_gb > 0:
+        raise BadInput(f"--cache-gb {settings.cache_gb:g}: expected a number above 0")
     if settings.long_prompts and (settings.data or settings.prompts or settings.demo):
         raise BadInput(
             "--long-prompts is of the built-in prompts; leave it out beside --data, --prompts and --demo"
@@ -425,6 +474,7 @@ def _loop_settings(settings: Settings, checkpoint: Checkpoint) -> LoopSettings:
         critic_lr=loras.values["lr"],
         caption_dropout=settings.caption_dropout,
         cfg_rescale=settings.cfg_rescale,
+        optimizer=settings.optimizer,
     )
 
 
@@ -550,7 +600,12 @@ def plan_run(
         + sum(t.nbytes for t in teacher.checkpoint.carried().values()),
         memory=Needs(
             teacher.checkpoint, *settings.size, batch=batch, looks=settings.report_prompts > 0
-        ).stages(rank=settings.rank, precision=settings.precision, ema=settings.ema),
+        ).stages(
+            rank=settings.rank,
+            precision=settings.precision,
+            ema=settings.ema,
+            optimizer=settings.optimizer,
+        ),
         free_bytes=free,
         route=_route_text(settings, teacher.checkpoint),
         files=[

@@ -112,6 +112,7 @@ def fit_run(
     teacher: Teacher,
     *,
     free: int | None = None,
+    preset: str | None = None,
 ) -> tuple[dict[str, Any], str, Costs]:
     """Flags in place of ``--hours``, the sentence of their choice, and what was measured for it."""
     if not hours > 0:
@@ -123,7 +124,9 @@ def fit_run(
     asked = bool(said.get("method") or said.get("init") or own & said.keys())
     methods: list[str | None] = [None] if asked else ["progressive", "sfddm"]
     runs = [
-        settle({**given, **({"method": method} if method else {})}, config, teacher, free=free)[0]
+        settle(
+            {**given, **({"method": method} if method else {})}, config, teacher, free=free, preset=preset
+        )[0]
         for method in methods
     ]
     costs = _measured(runs[0], teacher)

@@ -39,16 +39,22 @@ from .methods import find_methods, options_of
 from .opening import OVERRIDE_HELP
 from .runtime.files import atomic_path
 from .training.board import tensorboard
+from .training.caches import require_room
 from .training.loop import STOPS
 from .training.memory import GIB
 from .training.networks import DTYPES
+from .training.optimizers import OPTIMIZERS
 from .training.plan import Plan, require_disk
+from .training.presets import PRESETS
 from .training.prompts import STYLES
 from .training.settings import Settings, read_config, to_toml
 
 log = logging.getLogger("fewstep")
 
-NOT_SETTINGS = ("resume", "finish", "hours", "watch", "tensorboard", "dry_run", "json", "config", "vram")
+NOT_SETTINGS = (
+    *("resume", "finish", "hours", "watch", "tensorboard", "dry_run", "json", "config", "vram"),
+    "preset",
+)
 
 
 def main() -> None:
@@ -60,18 +66,21 @@ def main() -> None:
     config = _stored(options) if begun else _config_file(options)
     given = {name: v for name, v in vars(options).items() if v is not None and name not in NOT_SETTINGS}
     teacher = Teacher.open({**config, **given})
-    free = None if options.vram is None else round(options.vram * GIB)
+    if options.vram is not None and options.preset is not None:
+        raise BadInput("--vram and --preset both say how much memory to plan for; leave one out")
+    gib = options.vram if options.preset is None else PRESETS[options.preset]
+    free = None if gib is None else round(gib * GIB)
     hours, costs = config.pop("hours", None) if options.hours is None else options.hours, None
     if hours is not None:
         if begun:
             raise BadInput("--hours is for a new run; leave it out to go on with this one")
-        flags, says, costs = fit_run(hours, given, config, teacher, free=free)
+        flags, says, costs = fit_run(hours, given, config, teacher, free=free, preset=options.preset)
         log.info("%s", says)
         given |= flags
-        settings, reasons = settle(given, config, teacher, free=free)
+        settings, reasons = settle(given, config, teacher, free=free, preset=options.preset)
         reasons |= dict.fromkeys(flags, f"--hours {hours:g}")
     else:
-        settings, reasons = settle(given, config, teacher, free=free)
+        settings, reasons = settle(given, config, teacher, free=free, preset=options.preset)
     phases = phases_of(settings, teacher)
     request = data_request(settings, phases, teacher)
     out = Path(settings.out)
@@ -92,6 +101,10 @@ def main() -> None:
         for line in teacher.lora_lines():
             log.info("%s", line)
         require_disk(plan, out=out, cache=Path(settings.cache_dir))
+        if settings.cache_gb is not None:
+            cache = Path(settings.cache_dir)
+            folder, needed = request.folder(cache), plan.disk["samples"]
+            require_room(cache, folder, needed=needed, limit_gb=settings.cache_gb)
         if options.dry_run:
             if options.json:
                 print_json(
@@ -258,6 +271,11 @@ def _parse() -> argparse.Namespace:
     )
     add("--lr", type=float, help="learning rate")
     add("--warmup", type=int, metavar="N", help="updates to reach it in each phase (default: 100)")
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help="adamw, or adamw8bit, whose moments take a quarter of the memory (needs bitsandbytes)",
+    )
     add("--clip", type=float, help="gradient norm at most (default: 1)")
     add("--ema", type=float, help="memory of the averaged weights that are written; 0: no average")
     add(
@@ -291,6 +309,12 @@ def _parse() -> argparse.Namespace:
         metavar="DIR",
         help="where latents, texts and trajectories are kept (default: runs/cache)",
     )
+    add(
+        "--cache-gb",
+        type=float,
+        metavar="G",
+        help="do not let --cache-dir grow beyond so many GiB (python -m toolkit.clean makes room)",
+    )
     add("--tokenizer", metavar="PATH", help='folder or file of the CLIP vocabulary, or "hub" to download it')
     add("--text-encoder", metavar="FILE", help="for a UNet-only file")
     add("--text-encoder-2", metavar="FILE", help="SDXL's second, for a UNet-only file")
@@ -301,6 +325,12 @@ def _parse() -> argparse.Namespace:
         type=float,
         metavar="GB",
         help="plan for so much memory on the device, in GiB (default: what is free)",
+    )
+    add(
+        "--preset",
+        choices=list(PRESETS),
+        help="plan for a card of that size: route, precision, micro-batch, and 8-bit moments if bitsandbytes "
+        "is installed",
     )
     add("--config", metavar="FILE.toml", help="any of these; flags win")
     add("--dry-run", action="store_true", help="print the plan and stop")

@@ -4,6 +4,12 @@ exactly.
 All random numbers of an update come from a generator seeded by (seed, phase, update), and the order of the
 data from (seed, phase, epoch). So the state to keep is small: weights, their average, the optimiser and where
 the run stands.
+
+Out of memory, the loop halves the micro-batch and does the update anew, its batch unchanged. Every update
+still sees the samples that it would have seen (the order keeps the micro-batch that was asked for, and the
+parts are cut into pieces), but a piece draws its own noise from the update's generator, so the bytes depend
+on where it happened. That is why it is in the state, which is saved there and then: a run that goes on from
+any state gives the bytes of the run that it was.
 """
 
 from __future__ import annotations
@@ -37,6 +43,7 @@ from ..runtime.files import atomic_path
 from .adapters import COND_PROJ, Holder, LoraShape, OneNetwork, State, Trained, TwoNetworks
 from .guests import Guests
 from .networks import DTYPES
+from .optimizers import make_optimizer
 from .pilot import LEAST, Pilot, distance, painted
 from .samples import GuidanceRange, Order, Samples, derived_seed, draw_batch
 
@@ -65,6 +72,7 @@ class LoopSettings:
     guidance: GuidanceRange
     trajectory_share: float
     lora: LoraShape | None = None
+    optimizer: str = "adamw"
     critic_lr: float = 1e-4
     caption_dropout: float | None = None
     cfg_rescale: float = 0.0
@@ -120,25 +128,27 @@ class Interrupted(KeyboardInterrupt):
 def train(job: Job, settings: LoopSettings, *, device: torch.device) -> None:
     """Run the phases from where ``out/state`` stands to the end.
 
-    Raises BadInput when the loss is not finite or the pilot finds that all is not well, and Interrupted after
-    Ctrl+C or one of STOPS, the state saved.
+    Raises BadInput when the loss is not finite, the memory does not suffice or the pilot finds that all is
+    not well, and Interrupted after Ctrl+C or one of STOPS, the state saved.
     """
     scaler = torch.GradScaler(device.type, enabled=settings.precision == "fp16")
     state = job.out / "state"
     saved = load_state(state / "latest.pt")
     progress = Progress(saved["phase"], saved["update"]) if saved else Progress()
+    at_once = (saved or {}).get("at_once", settings.micro_batch)
     cut_back(job.out / "run.jsonl", progress)
     done = sum(settings.updates[: progress.phase]) + progress.update
-    holder = _holder(job, settings, device)
+    holder = make_holder(job, settings, device)
     with (
         tqdm(total=sum(settings.updates), initial=done, unit="update", dynamic_ncols=True) as bar,
         stop_requests() as stop,
+        memory_in_words(state),
     ):
         if saved is None and job.start is None:
             start = NetworkDenoiser(holder.untrained(), job.schedule, job.teacher_prediction)
             job.look("start", start, job.phases[0])
         for index in range(progress.phase, len(job.phases)):
-            trainer = PhaseTrainer(job, settings, index, holder, scaler, device)
+            trainer = PhaseTrainer(job, settings, index, holder, scaler, device, at_once)
             if saved is not None and "student" in saved:
                 trainer.restore(saved)
             elif saved is None and job.start is not None and index == 0:
@@ -149,12 +159,14 @@ def train(job: Job, settings: LoopSettings, *, device: torch.device) -> None:
             save_state(state / f"phase-{index}.pt", trainer.average)
             job.finished(job.phases[index], trainer.average)
             trainer.look(job.phases[index].name)
-            save_state(state / "latest.pt", {"phase": index + 1, "update": 0})
+            at_once = trainer.at_once
+            save_state(state / "latest.pt", {"phase": index + 1, "update": 0, "at_once": at_once})
             (state / f"phase-{index - 1}.pt").unlink(missing_ok=True)
             del trainer
 
 
-def _holder(job: Job, settings: LoopSettings, device: torch.device) -> Holder:
+def make_holder(job: Job, settings: LoopSettings, device: torch.device) -> Holder:
+    """Where the networks of a run live."""
     dtype = DTYPES[settings.precision]
 
     def in_precision(network: Network) -> Network:
@@ -171,7 +183,7 @@ def _holder(job: Job, settings: LoopSettings, device: torch.device) -> Holder:
 
 class PhaseTrainer:
     """One phase: student, its average, optimiser and frozen teacher. Of what is trained it holds three sets
-    of weights at most.
+    of weights at most. ``at_once``: pictures, the micro-batch or less, should the memory not suffice.
     """
 
     def __init__(
@@ -182,9 +194,11 @@ class PhaseTrainer:
         holder: Holder,
         scaler: torch.GradScaler,
         device: torch.device,
+        at_once: int,
     ) -> None:
         self.job, self.settings, self.index = job, settings, index
         self.phase, self.scaler, self.device = job.phases[index], scaler, device
+        self.at_once = at_once
         self.update = 0
         self.order = Order(
             job.samples.buckets,
@@ -208,8 +222,8 @@ class PhaseTrainer:
         self.average = {name: value.detach() for name, value in self.trained.items()}
         if settings.ema:
             self.average = {name: value.clone() for name, value in self.average.items()}
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0
+        self.optimizer = make_optimizer(
+            settings.optimizer, self.trained.values(), lr=settings.lr, device=device
         )
         self.critic: Critic | None = None
         if criticism is not None and pair.critic is not None:
@@ -292,31 +306,13 @@ class PhaseTrainer:
     def step(self) -> tuple[float, float]:
         """One update of the whole batch in micro-batches; returns the mean loss and the learning rate."""
         settings, critic, updates = self.settings, self.critic, self.settings.updates[self.index]
-        generator = torch.Generator().manual_seed(derived_seed(settings.seed, self.index, self.update))
-        waits = 0 if critic is None else critic.alone(updates)
+        waits = self.waits
         lr = settings.lr * self.phase.lr_scale
         lr *= lr_factor(self.update - waits, updates - waits, settings.warmup) if self.update >= waits else 0
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        total = 0.0
-        for part in self.order(self.update):
-            with self.job.guests.visit(generator) as visited:
-                # Kept trajectories are the teacher's without a guest.
-                batch = draw_batch(
-                    self.job.samples,
-                    part,
-                    guidance=settings.guidance,
-                    trajectory_share=0.0 if visited else settings.trajectory_share,
-                    cfg_rescale=settings.cfg_rescale,
-                    caption_dropout=self.caption_dropout,
-                    generator=generator,
-                    device=self.device,
-                )
-                losses = self._losses(batch, generator, waiting=self.update < waits)
-                loss = losses.sum() / settings.batch_size
-                if self.update >= waits:
-                    self.scaler.scale(loss).backward()
-            total += float(loss.detach())
+        while (total := self._gradients()) is None:
+            self._halve()
         self._require_finite(total)
         if critic is not None:
             self._step_optimizer(critic.optimizer, critic.parameters)
@@ -326,6 +322,67 @@ class PhaseTrainer:
         self.update += 1
         self._average_weights()
         return total, lr
+
+    def _gradients(self) -> float | None:
+        """The loss of the whole batch, its gradients added up; None where they do not fit the memory."""
+        seed = derived_seed(self.settings.seed, self.index, self.update)
+        generator = torch.Generator().manual_seed(seed)
+        total = 0.0
+        try:
+            for part in self.order(self.update):
+                with self.job.guests.visit(generator) as visited:
+                    for piece in part.split(self.at_once):
+                        total += self._add_gradients(piece, visited, generator)
+        except torch.OutOfMemoryError:
+            return None
+        return total
+
+    def _add_gradients(self, piece: Tensor, visited: bool, generator: torch.Generator) -> float:
+        # Kept trajectories are the teacher's without a guest.
+        batch = draw_batch(
+            self.job.samples,
+            piece,
+            guidance=self.settings.guidance,
+            trajectory_share=0.0 if visited else self.settings.trajectory_share,
+            cfg_rescale=self.settings.cfg_rescale,
+            caption_dropout=self.caption_dropout,
+            generator=generator,
+            device=self.device,
+        )
+        waiting = self.update < self.waits
+        loss = self._losses(batch, generator, waiting=waiting).sum() / self.settings.batch_size
+        if not waiting:
+            self.scaler.scale(loss).backward()
+        return float(loss.detach())
+
+    @property
+    def waits(self) -> int:
+        """The first so many updates of the phase are a critic's alone."""
+        return 0 if self.critic is None else self.critic.alone(self.settings.updates[self.index])
+
+    def _halve(self) -> None:
+        """Half as many pictures at once from now on; what the failed update left is thrown away.
+
+        Called when its exception is gone, and with it the tensors of the frames that it had passed.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.critic is not None:
+            self.critic.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.at_once == 1:
+            raise torch.OutOfMemoryError
+        before, self.at_once = self.at_once, (self.at_once + 1) // 2
+        save_state(self.state_path, self.state())
+        log.warning(
+            "out of memory at update %d of phase %s with %d pictures at once; going on with %d, the batch "
+            "stays %d",
+            self.update,
+            self.phase.name,
+            before,
+            self.at_once,
+            self.settings.batch_size,
+        )
 
     def _losses(self, batch: Batch, generator: torch.Generator, *, waiting: bool) -> Tensor:
         """The student's losses (B,), to be backpropagated; a critic learns at once. While the student is
@@ -407,6 +464,7 @@ class PhaseTrainer:
             "update": self.update,
             "loss": loss,
             "lr": lr,
+            "micro_batch": self.at_once,
             "images_per_second": round(self.settings.batch_size * rate, 3),
             "eta_seconds": round((bar.total - bar.n) / rate, 1),
         }
@@ -418,6 +476,7 @@ class PhaseTrainer:
         return {
             "phase": self.index,
             "update": self.update,
+            "at_once": self.at_once,
             "student": {name: value.detach() for name, value in self.trained.items()},
             "average": self.average if self.settings.ema else None,
             "optimizer": self.optimizer.state_dict(),
@@ -494,6 +553,19 @@ def lr_factor(update: int, updates: int, warmup: int) -> float:
     if update < warmup:
         return (update + 1) / (warmup + 1)
     return (updates - update) / max(1, updates - warmup)
+
+
+@contextmanager
+def memory_in_words(state: Path) -> Generator[None]:
+    """Says what to do where halving the micro-batch helps no more."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise BadInput(
+            "out of memory, and it cannot be helped by fewer pictures at once; the last state is kept in "
+            f"{state}; free some memory and --resume, or start anew with --student lora, a smaller --rank or "
+            "a smaller --resolution"
+        ) from None
 
 
 def verdict_path(out: Path) -> Path:

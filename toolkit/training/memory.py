@@ -23,6 +23,7 @@ from ..diffusion.guidance import W_DIM
 from .adapters import WHOLE, LoraShape, recomputing
 from .checkpoint import Checkpoint
 from .networks import DTYPES, UNetNetwork, place, random_cond
+from .optimizers import MOMENTS
 from .recognise import build
 
 GIB = 1024**3
@@ -44,7 +45,9 @@ class Needs:
     looks: bool
     _known: dict[torch.dtype, dict[str, int]] = field(default_factory=dict[torch.dtype, dict[str, int]])
 
-    def stages(self, *, rank: int | None, precision: str, ema: float) -> dict[str, int]:
+    def stages(
+        self, *, rank: int | None, precision: str, ema: float, optimizer: str = "adamw"
+    ) -> dict[str, int]:
         """Bytes at the largest moment of each stage of a run; ``rank`` None: every weight is trained."""
         whole, dtype = self.checkpoint.unet_parameters, DTYPES[precision]
         trained = whole if rank is None else self.lora_parameters(rank)
@@ -53,7 +56,8 @@ class Needs:
         found = {
             "texts": words,
             "pictures": whole * dtype.itemsize + max(working["evaluation"], working["masks"]),
-            "training": weights_bytes(whole, trained, precision=precision, ema=ema) + max(working.values()),
+            "training": max(working.values())
+            + weights_bytes(whole, trained, precision=precision, ema=ema, optimizer=optimizer),
         }
         if self.looks:  # teacher and student have text encoders each; their UNets take turns
             both = 2 * words * dtype.itemsize // 4
@@ -142,6 +146,7 @@ def choose_route(
     ranks: Sequence[int],
     precisions: Sequence[str],
     ema: float,
+    optimizer: str = "adamw",
 ) -> Route:
     """Every weight where the memory allows it, else the largest LoRA that it allows, else the smallest.
 
@@ -150,7 +155,7 @@ def choose_route(
     """
 
     def takes(rank: int | None, precision: str) -> int:
-        return max(needs.stages(rank=rank, precision=precision, ema=ema).values())
+        return max(needs.stages(rank=rank, precision=precision, ema=ema, optimizer=optimizer).values())
 
     if student == "full":
         return Route("full", None, precisions[0], {"student": "you"})
@@ -171,14 +176,17 @@ def choose_route(
     return Route("lora", chosen[0], chosen[1], reasons)
 
 
-def weights_bytes(parameters: int, trained: int, *, precision: str, ema: float) -> int:
+def weights_bytes(
+    parameters: int, trained: int, *, precision: str, ema: float, optimizer: str = "adamw"
+) -> int:
     """Held while training: the frozen network in the run's precision; of what is trained, in float32, the
     values, gradients, Adam's two moments, the average, a LoRA's earlier student; and autocast's copies.
     """
     frozen = DTYPES[precision].itemsize
     copies = 0 if precision == "fp32" else frozen
     earlier = 4 if trained < parameters else 0
-    return parameters * frozen + trained * (4 + 4 + 8 + (4 if ema else 0) + earlier + copies)
+    average = 4 if ema else 0
+    return parameters * frozen + trained * (4 + 4 + MOMENTS[optimizer] + average + earlier + copies)
 
 
 def free_memory(device: torch.device) -> int:
@@ -194,8 +202,14 @@ def size(count: int) -> str:
 
 
 def peak(work: Callable[[], object]) -> int:
-    """Bytes of the tensors that the work makes on the meta device, when most of them live."""
-    with _flash_attention(), _Living() as living:
+    """:func:`peak_living` on the meta device."""
+    with _flash_attention():
+        return peak_living(work)
+
+
+def peak_living(work: Callable[[], object]) -> int:
+    """Bytes of the tensors that the work makes, when most of them live."""
+    with _Living() as living:
         work()
     return living.most
 

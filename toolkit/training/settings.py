@@ -62,6 +62,7 @@ class Settings:
     warmup: int
     clip: float
     ema: float
+    optimizer: str
     trajectory_share: float
     caption_dropout: float | None
     seed: int
@@ -70,6 +71,7 @@ class Settings:
     dtype: str
     report_prompts: int
     cache_dir: str
+    cache_gb: float | None
     tokenizer: str | None
     text_encoder: str | None
     text_encoder_2: str | None
@@ -109,6 +111,7 @@ EVERYWHERE = Defaults(
         cache_dir="runs/cache",
         warmup=100,
         clip=1.0,
+        optimizer="adamw",
     ),
     "the house",
 )
@@ -156,15 +159,17 @@ def resolve(
     demo: bool,
     student: str,
     earlier: Mapping[str, Any] | None = None,
+    preset: Defaults | None = None,
 ) -> Resolved:
-    """Flags over the config file, over what an ``earlier`` student did, over the defaults of the demo, of
-    LoRAs, of the network's size, and of the house.
+    """Flags over the config file, over what an ``earlier`` student did, over the ``preset``, over the
+    defaults of the demo, of LoRAs, of the network's size, and of the house.
     """
     small = parameters < SMALL_PARAMETERS
     layers = [
         Defaults(given, "you"),
         Defaults(config, "the config file"),
         Defaults(earlier or {}, "the student of --init"),
+        *([preset] if preset else []),
         *([DEMO] if demo else []),
         *([LORA_SMALL if small else LORA_LARGE] if student == "lora" else []),
         SMALL if small else LARGE,
