@@ -55,12 +55,11 @@ def test_every_contender_gets_the_work_that_was_asked_for(bench):
 
 
 def test_every_contender_can_be_planned(bench):
-    for contender in CONTENDERS:
-        for one in runs_of(contender):
-            planned = bench.updates({"steps": one.steps, **contender.options})
-            if contender.updates:
-                assert len(contender.updates) == len(planned)
-            assert min(planned) > 0
+    for contender in (contender for contender in CONTENDERS if not contender.students_of):
+        planned = bench.updates({"steps": contender.steps[-1], **contender.options})
+        if contender.updates:
+            assert len(contender.updates) == len(planned)
+        assert min(planned) > 0
 
 
 def test_a_finished_run_is_left_alone_and_a_begun_one_is_resumed(bench):

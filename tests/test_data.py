@@ -303,7 +303,7 @@ TEACHER = TeacherSampleRequest(
 OTHERS: dict[str, Any] = dict(
     teacher="u", prompts=("a", "c"), negative="x", guidance=(1, 5), sizes=((8, 8), (12, 4)), channels=5,
     downscale=4, count=6, seed=2, precision="bf16", steps=3, told=True, masked=True, masks=1, flip=True,
-    version=0, timesteps=(999, 3),
+    version=0, timesteps=(999, 3), cfg_rescale=0.7,
 )  # fmt: skip
 
 

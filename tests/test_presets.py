@@ -83,7 +83,7 @@ def test_an_optimiser_that_cannot_be_had_is_said_before_anything_runs(
     with_bitsandbytes(monkeypatch)
     settings, reasons = settle(given, {}, teacher)
     assert (settings.optimizer, reasons["optimizer"]) == ("adamw8bit", "you")
-    assert assembly._loop_settings(settings).optimizer == "adamw8bit"
+    assert assembly._loop_settings(settings, teacher.checkpoint).optimizer == "adamw8bit"
 
 
 def test_small_moments_are_planned_for() -> None:

@@ -424,6 +424,8 @@ def _check(settings: Settings, teacher: Teacher) -> None:
     for name in ("lr", "clip"):
         if not getattr(settings, name) > 0:
             raise BadInput(f"--{name} {getattr(settings, name)}: expected a number above 0")
+    if settings.cache_gb is not None and not settings.cache_gb > 0:
+        raise BadInput(f"--cache-gb {settings.cache_gb:g}: expected a number above 0")
     if settings.long_prompts and (settings.data or settings.prompts or settings.demo):
         raise BadInput(
             "--long-prompts is of the built-in prompts; leave it out beside --data, --prompts and --demo"
