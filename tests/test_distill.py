@@ -453,14 +453,15 @@ def test_a_lora_beside_the_run_changes_the_student_and_is_measured(
     whole_visit = Guests.visit
     monkeypatch.setattr(Guests, "visit", visit)
     monkeypatch.setattr(loop, "draw_batch", spied)
-    call(arguments)
+    call([*arguments, "--report-prompts", "0"])
     plain = (tmp_path / "run" / "student.safetensors").read_bytes()
-    for name, more in (("full", []), ("lora", ["--student", "lora", "--rank", "2"])):
+    lora = ["--student", "lora", "--rank", "2"]
+    for name, more in (("full", ["--report-prompts", "1"]), ("lora", [*lora, "--report-prompts", "0"])):
         out = tmp_path / name
         arguments[arguments.index("--out") + 1] = str(out)
-        call([*arguments, *more, "--with-lora", f"{style}:0.5-1", "--report-prompts", "1"])
+        call([*arguments, *more, "--with-lora", f"{style}:0.5-1"])
         assert (out / "student.safetensors").read_bytes() != plain
-        assert "it acts as in the teacher at" in (out / "report.html").read_text(encoding="utf-8")
+    assert "it acts as in the teacher at" in (tmp_path / "full" / "report.html").read_text(encoding="utf-8")
     spec = read_spec(tmp_path / "full" / "student.safetensors")
     assert spec is not None and spec.loras == ()
     assert style.read_bytes() == before
