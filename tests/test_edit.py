@@ -56,6 +56,16 @@ def test_an_edit_is_written_in_the_pictures_size_and_told(folder, tmp_path, caps
     assert said["guidance"] == 3 and said["evaluations"] == {"encoder": 2, "decoder": 4}
 
 
+def test_a_picture_whose_file_lies_on_its_side_is_edited_upright(folder, tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown turned to the right, as telephones write portraits
+    path = tmp_path / "side.png"
+    Image.new("RGB", (40, 32)).save(path, exif=turned)
+    call(folder, tmp_path / "a.png", "--image", str(path))
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (32, 40)
+
+
 @pytest.mark.parametrize(
     ("models", "sentence"),
     [

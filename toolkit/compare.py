@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from .demo.drawings import draw
 from .diffusion.errors import BadInput
 from .evaluation.pictures import save_png, to_image
 from .runtime.files import atomic_path
+from .training.loop import raise_on_stops
 from .training.plan import beside
 
 log = logging.getLogger("fewstep")
@@ -65,16 +65,15 @@ class Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    signal.signal(signal.SIGTERM, _terminate)
+    raise_on_stops()
     asked = _parser().parse_args(arguments)
     chosen = _chosen(asked)
     bench = Bench(asked.out, work=asked.work, samples=asked.samples)
     bench.begin()
-    count = sum(len(runs_of(contender)) for contender in chosen)
-    log.info("%d contenders, %d runs, %d at once", len(chosen), count, asked.jobs)
+    runs = [one for contender in chosen if not contender.students_of for one in runs_of(contender)]
+    log.info("%d contenders, %d runs, %d at once", len(chosen), len(runs), asked.jobs)
     with ThreadPoolExecutor(asked.jobs) as pool:
-        own = [contender for contender in chosen if not contender.students_of]
-        for one in (one for contender in own for one in runs_of(contender)):
+        for one in runs:
             bench.tasks[one.name] = pool.submit(bench.run, one, chosen)
         try:
             for task in bench.tasks.values():
@@ -88,10 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench.write("comparison.md", tables(rows, chosen))
     plot(rows, chosen, asked.out / "comparison.png")
     log.info("%s", asked.out / "comparison.md")
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def runs_of(contender: Contender) -> list[Run]:
@@ -155,13 +150,13 @@ class Bench:
 
     def start_of(self, one: Run) -> Path:
         """The student that a run goes on from, of the same seed; what makes it was begun before."""
-        for other in CONTENDERS:
-            for earlier in runs_of(other) if other.name == one.contender.starts_from else []:
-                if earlier.seed == one.seed and (earlier.steps == one.steps or other.chain):
-                    if earlier.name in self.tasks:
-                        self.tasks[earlier.name].result()
-                    return self.out / earlier.name / "students" / f"{one.steps}.safetensors"
-        raise ValueError(f"{one.name}: nobody makes a student of {one.steps} steps for it")
+        maker = next(other for other in CONTENDERS if other.name == one.contender.starts_from)
+        earlier = next(
+            run for run in runs_of(maker) if run.seed == one.seed and (maker.chain or run.steps == one.steps)
+        )
+        if earlier.name in self.tasks:
+            self.tasks[earlier.name].result()
+        return self.out / earlier.name / "students" / f"{one.steps}.safetensors"
 
     def updates(self, options: Mapping[str, Any]) -> tuple[int, ...]:
         """Of each phase, so that the phases have equal parts of the work."""
@@ -335,7 +330,7 @@ def _students(rows: Sequence[Row], contender: Contender) -> list[Line]:
 def _table(lines: Sequence[Line], guidances: Sequence[float]) -> str:
     heads = ["", "steps", "seeds"]
     heads += [f"{title} at {g:g}" for title in TITLES.values() for g in guidances] + ["PSNR"]
-    text = [heads, ["---"] * len(heads)]
+    text = [heads]
     for line in lines:
         cells = [line.what, str(line.steps), str(line.seeds)]
         cells += [
@@ -345,14 +340,14 @@ def _table(lines: Sequence[Line], guidances: Sequence[float]) -> str:
         ]
         middle = sorted(guidances)[len(guidances) // 2]
         text.append([*cells, _cell(line.rows, "psnr_teacher", middle, scale=1, digits=1)])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in text)
+    return _markdown(text)
 
 
 def _strengths(rows: Sequence[Row], members: Sequence[Contender]) -> str:
     strengths = sorted({strength for member in members for strength in member.strengths})
     names = {member.name for member in members}
     own = [row for row in rows if row["contender"] in names]
-    text = [["steps", *(f"k at strength {s:g}" for s in strengths)], ["---"] * (len(strengths) + 1)]
+    text = [["steps", *(f"k at strength {s:g}" for s in strengths)]]
     for steps in sorted({row["steps"] for row in own}, reverse=True):
         of = [row for row in own if row["steps"] == steps]
         cells = [
@@ -360,7 +355,13 @@ def _strengths(rows: Sequence[Row], members: Sequence[Contender]) -> str:
             for s in strengths
         ]
         text.append([str(steps), *cells])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in text)
+    return _markdown(text)
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table; the first line is its head."""
+    head, *rest = lines
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rest))
 
 
 def _cell(rows: Sequence[Row], name: str, guidance: float, *, scale: float, digits: int) -> str:
@@ -396,17 +397,11 @@ def plot(rows: Sequence[Row], contenders: Sequence[Contender], path: Path) -> No
         curves[contender.name] = [row for row in rows if row["contender"] == contender.name]
     for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
         for label, own in curves.items():
-            points: dict[int, list[float]] = {}
-            for row in own:
-                if row["guidance"] == 4 and row["strength"] == 1 and row[name] is not None:
-                    points.setdefault(row["evaluations"], []).append(row[name])
+            points = _points(own, name)
             if len(points) < 2:
                 continue
-            where = sorted(points)
-            scale = 100 if name == "adherence" else 1
-            values = [scale * statistics.fmean(points[x]) for x in where]
             style = "--" if label in samplers.values() else "-"
-            axis.plot(where, values, style, marker="o", markersize=3, label=label)
+            axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=label)
         axis.set_xscale("log", base=2)
         axis.set_xlabel("evaluations of the network a picture")
         axis.set_ylabel(title)
@@ -417,6 +412,16 @@ def plot(rows: Sequence[Row], contenders: Sequence[Contender], path: Path) -> No
     axes[1].legend(fontsize=7)
     with atomic_path(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
+
+
+def _points(rows: Sequence[Row], name: str) -> list[tuple[int, float]]:
+    """(evaluations, mean over seeds of what is named), ascending, at guidance 4; shares in percent."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if row["guidance"] == 4 and row["strength"] == 1 and row[name] is not None:
+            found.setdefault(row["evaluations"], []).append(row[name])
+    scale = 100 if name == "adherence" else 1
+    return [(evaluations, scale * statistics.fmean(found[evaluations])) for evaluations in sorted(found)]
 
 
 def _matplotlib() -> Any:

@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -40,7 +39,7 @@ from .opening import OVERRIDE_HELP
 from .runtime.files import atomic_path
 from .training.board import tensorboard
 from .training.caches import require_room
-from .training.loop import STOPS
+from .training.loop import raise_on_stops
 from .training.memory import GIB
 from .training.networks import DTYPES
 from .training.optimizers import OPTIMIZERS
@@ -58,9 +57,7 @@ NOT_SETTINGS = (
 
 
 def main() -> None:
-    for number in STOPS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _terminate)
+    raise_on_stops()
     options = _parse()
     begun = options.resume or options.finish
     config = _stored(options) if begun else _config_file(options)
@@ -70,17 +67,15 @@ def main() -> None:
         raise BadInput("--vram and --preset both say how much memory to plan for; leave one out")
     gib = options.vram if options.preset is None else PRESETS[options.preset]
     free = None if gib is None else round(gib * GIB)
-    hours, costs = config.pop("hours", None) if options.hours is None else options.hours, None
+    hours = config.pop("hours", None) if options.hours is None else options.hours
+    flags, costs = dict[str, Any](), None
     if hours is not None:
         if begun:
             raise BadInput("--hours is for a new run; leave it out to go on with this one")
         flags, says, costs = fit_run(hours, given, config, teacher, free=free, preset=options.preset)
         log.info("%s", says)
-        given |= flags
-        settings, reasons = settle(given, config, teacher, free=free, preset=options.preset)
-        reasons |= dict.fromkeys(flags, f"--hours {hours:g}")
-    else:
-        settings, reasons = settle(given, config, teacher, free=free, preset=options.preset)
+    settings, reasons = settle({**given, **flags}, config, teacher, free=free, preset=options.preset)
+    reasons |= {name: f"--hours {hours:g}" for name in flags}
     phases = phases_of(settings, teacher)
     request = data_request(settings, phases, teacher)
     out = Path(settings.out)
@@ -137,10 +132,6 @@ def _make_cache(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be made ({error.strerror}); choose another --cache-dir") from None
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _parse() -> argparse.Namespace:

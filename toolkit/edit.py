@@ -7,13 +7,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
 from .command import print_json, run
 from .diffusion.errors import BadInput
 from .evaluation.editing import Editor
 from .evaluation.painter import Painter
-from .evaluation.pictures import save_png, to_image
+from .evaluation.pictures import require_png, save_png, to_image
 from .opening import (
     add_parts,
     add_prompting,
@@ -24,7 +22,7 @@ from .opening import (
     prompted,
 )
 from .training.checkpoint import Checkpoint
-from .training.images import load_picture
+from .training.images import load_picture, size_in_cells
 from .training.networks import DTYPES
 
 log = logging.getLogger("fewstep")
@@ -43,8 +41,7 @@ noise with the text --to. What both texts say stays, and what neither says is me
 
 def main(arguments: Sequence[str] | None = None) -> None:
     asked = _parser().parse_args(arguments)
-    if asked.out.suffix.lower() != ".png":
-        raise BadInput(f"{asked.out.name}: pictures are written as PNG; give -o a name that ends in .png")
+    require_png(asked.out)
     device = choose_device(asked.device)
     dtype = choose_dtype(asked.precision, device)
     decoder, encoder = (
@@ -54,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     painters = [Painter.open(model, device=device, dtype=dtype) for model in (encoder, decoder)]
     editor = Editor(encoder=painters[0], decoder=painters[1])
     plan = editor.decoder.plan(guidance=asked.guidance)
-    image = load_picture(asked.image, *_size(asked.image, decoder.downscale))
+    image = load_picture(asked.image, *size_in_cells(asked.image, decoder.downscale))
     edited = editor.edit(image[None], [asked.before], [asked.after], guidance=plan.guidance, seed=asked.seed)
     save_png(to_image(edited[0]), asked.out)
     evaluations = {"encoder": len(editor.encoder.encoding().timesteps), "decoder": plan.evaluations}
@@ -107,18 +104,6 @@ def _check_pair(decoder: Checkpoint, encoder: Checkpoint) -> None:
     ]
     if teachers[0] != teachers[1]:
         log.warning("%s and %s are of different teachers", decoder.path.name, encoder.path.name)
-
-
-def _size(path: Path, cell: int) -> tuple[int, int]:
-    """(width, height) of the picture, rounded down to whole latent cells."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except (OSError, UnidentifiedImageError, SyntaxError):
-        raise BadInput(
-            f"{path.name}: not a picture that can be read; give a PNG, JPEG or WebP file"
-        ) from None
-    return max(width // cell, 1) * cell, max(height // cell, 1) * cell
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from .evaluation.painter import (
     check_size,
     make_plan,
 )
-from .evaluation.pictures import save_png, to_image
+from .evaluation.pictures import require_png, save_png, to_image
 from .opening import (
     add_parts,
     add_prompting,
@@ -35,7 +35,7 @@ from .opening import (
 )
 from .runtime.samplers import start_timestep
 from .training.checkpoint import Checkpoint
-from .training.images import load_grey, load_picture, picture_size
+from .training.images import load_grey, load_picture, picture_size, size_in_cells
 from .training.lora import with_loras
 from .training.masks import at_latent_size
 from .training.networks import DTYPES
@@ -55,8 +55,7 @@ FEWSTEP = "FewStep"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     asked = _parser().parse_args(arguments)
-    if asked.out.suffix.lower() != ".png":
-        raise BadInput(f"{asked.out.name}: pictures are written as PNG; give -o a name that ends in .png")
+    require_png(asked.out)
     if asked.strength is not None and asked.init_image is None:
         raise BadInput("--strength says how far to leave the picture of --init-image; give that one too")
     if asked.mask is not None and asked.init_image is None:
@@ -214,7 +213,7 @@ def _size(checkpoint: Checkpoint, asked: argparse.Namespace) -> tuple[int, int]:
     width, height = checkpoint.resolution
     cell = checkpoint.downscale
     if asked.init_image is not None:
-        width, height = (max(side // cell, 1) * cell for side in picture_size(asked.init_image))
+        width, height = size_in_cells(asked.init_image, cell)
     size = (height if asked.height is None else asked.height), (width if asked.width is None else asked.width)
     check_size(size, cell)
     return size

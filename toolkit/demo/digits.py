@@ -43,6 +43,7 @@ from ..runtime.samplers import sample_deterministic, walk
 from ..training.loop import Job, LoopSettings, train
 from ..training.networks import denoiser
 from ..training.samples import GuidanceRange, Samples
+from ..training.teacher_samples import trajectory_steps
 
 _log = logging.getLogger("fewstep")
 CLASSES, SIZE = 10, 8
@@ -196,7 +197,7 @@ def distil(teacher: ClassUNet, out: Path, *, steps: int, updates: int, pictures:
     def finished(phase: Phase, state: Mapping[str, Tensor]) -> None:
         save(out / "student.safetensors", state, spec_of(phase, teacher_file))
 
-    finest = phases[-1].grid.refined(-(-16 // steps), len(SCHEDULE))
+    finest = phases[-1].grid.refined(trajectory_steps(steps) // steps, len(SCHEDULE))
     job = Job(
         phases=phases,
         teacher_prediction="v_prediction",

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from ..diffusion.errors import BadInput
 from ..runtime.files import atomic_path
 
 _PAPER, _INK, _FAINT = (255, 255, 255), (28, 30, 34), (110, 114, 122)
@@ -21,6 +22,12 @@ def to_image(picture: Tensor) -> Image.Image:
     """A picture (3, H, W) in [0, 1], values outside cut off, as 8-bit RGB."""
     values = (picture.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().cpu()
     return Image.frombytes("RGB", (values.shape[1], values.shape[0]), bytes(values.flatten().tolist()))
+
+
+def require_png(path: Path) -> None:
+    """BadInput for a name that promises another format."""
+    if path.suffix.lower() != ".png":
+        raise BadInput(f"{path.name}: pictures are written as PNG; give -o a name that ends in .png")
 
 
 def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:

@@ -44,6 +44,12 @@ def picture_size(path: Path) -> Size:
     return seen_size(_bytes(path), path.name)
 
 
+def size_in_cells(path: Path, cell: int) -> Size:
+    """:func:`picture_size`, rounded down to whole latent cells of ``cell`` pixels, one at least."""
+    width, height = picture_size(path)
+    return max(width // cell, 1) * cell, max(height // cell, 1) * cell
+
+
 def decoded(data: bytes, name: str) -> Image.Image:
     """In RGB; BadInput for what is no picture, or a damaged one."""
     image = _upright(data, name)

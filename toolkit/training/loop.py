@@ -555,6 +555,19 @@ def lr_factor(update: int, updates: int, warmup: int) -> float:
     return (updates - update) / max(1, updates - warmup)
 
 
+def raise_on_stops() -> None:
+    """STOPS interrupt the program as Ctrl+C does, also before and after the training; what is ignored, as
+    under nohup, stays so.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt)
+
+
 @contextmanager
 def memory_in_words(state: Path) -> Generator[None]:
     """Says what to do where halving the micro-batch helps no more."""
