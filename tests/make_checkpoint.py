@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from toolkit.diffusion.grid import trailing_timesteps
 from toolkit.diffusion.spec import StudentSpec
 from toolkit.runtime.files import save_tensors
-from toolkit.training.checkpoint import write_checkpoint
+from toolkit.training.checkpoint import Checkpoint, write_checkpoint
 from toolkit.training.families import SD1, SD2, SDXL, Family, Part, TextPart
 from toolkit.training.layout import COND_PROJ, text_to_ldm, with_unused_layers
 from toolkit.training.recognise import build, expected_keys
+from toolkit.training.shapes import SDXL_UNET
 from toolkit.training.vocabulary import byte_symbols
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -95,19 +96,6 @@ _SD21_UNET = {
     "attention_head_dim": (5, 10, 20, 20),
     "use_linear_projection": True,
 }
-_SDXL_UNET = {
-    "block_out_channels": (320, 640, 1280),
-    "cross_attention_dim": 2048,
-    "layers_per_block": 2,
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 1280 + 6 * 256,
-}
 _TINY_VAE = {"block_out_channels": (32, 64), "layers_per_block": 1, **_VAE_LEVELS[2]}
 _TINY_TEXT = {
     "vocab_size": TINY_VOCABULARY,
@@ -130,7 +118,7 @@ _TINY_BIG_G = {
     "projection_dim": 48,
 }
 _TINY_SDXL_UNET = {
-    **_SDXL_UNET,
+    **SDXL_UNET,
     "block_out_channels": (64, 128),
     "cross_attention_dim": 64 + 128,
     "layers_per_block": 1,
@@ -161,7 +149,7 @@ SHAPES = {
         family=SD2,
     ),
     "comfy-sdxl": Shape(
-        {**_SDXL_UNET, "block_out_channels": (320, 64, 64), "attention_head_dim": (5, 1, 1)},
+        {**SDXL_UNET, "block_out_channels": (320, 64, 64), "attention_head_dim": (5, 1, 1)},
         _TINY_VAE,
         {**_TINY_TEXT, "num_hidden_layers": 3, "hidden_size": 768, "num_attention_heads": 12},
         family=SDXL,
@@ -169,14 +157,14 @@ SHAPES = {
     ),
     # The narrowest SDXL of a stock ComfyUI, which knows it by its 70 transformer blocks: 250 M parameters.
     "stock-sdxl": Shape(
-        {**_SDXL_UNET, "block_out_channels": (320, 320, 320), "attention_head_dim": (5, 5, 5)},
+        {**SDXL_UNET, "block_out_channels": (320, 320, 320), "attention_head_dim": (5, 5, 5)},
         _TINY_VAE,
         {**_TINY_TEXT, "num_hidden_layers": 3, "hidden_size": 768, "num_attention_heads": 12},
         family=SDXL,
         text_2={**_TINY_BIG_G, "hidden_size": 1280, "num_attention_heads": 20, "projection_dim": 1280},
     ),
     "sd21": Shape(_SD21_UNET, _SD15_VAE, _VIT_H, family=SD2, size=768),
-    "sdxl": Shape(_SDXL_UNET, _SD15_VAE, _CLIP_L, family=SDXL, text_2=_BIG_G, size=1024),
+    "sdxl": Shape(SDXL_UNET, _SD15_VAE, _CLIP_L, family=SDXL, text_2=_BIG_G, size=1024),
     "tiny-sd2": Shape(_TINY_SD2_UNET, _TINY_VAE, {**_TINY_TEXT, "hidden_act": "gelu"}, family=SD2),
     "tiny-sdxl": Shape(
         _TINY_SDXL_UNET, _TINY_VAE, {**_TINY_TEXT, "num_hidden_layers": 3}, family=SDXL, text_2=_TINY_BIG_G
@@ -266,6 +254,25 @@ def keys_of_shape(shape: str) -> dict[str, Tensor]:
     """All single-file keys of a shape, on the meta device."""
     of = SHAPES[shape]
     return {key: value for part in of.family.prefixes for key, value in _keys_of(part, of, 4).items()}
+
+
+def weightless(shape: str) -> Checkpoint:
+    """A teacher of a shape on the meta device."""
+    of = SHAPES[shape]
+    return Checkpoint(
+        path=Path("model.safetensors"),
+        name="model",
+        kind="teacher",
+        family=of.family.key,
+        inpaint=False,
+        prediction_type="epsilon",
+        ztsnr=False,
+        spec=None,
+        resolution=(of.size, of.size),
+        tensors=keys_of_shape(shape),
+        configs={},
+        tokenizer_from=None,
+    )
 
 
 def _keys_of(part: Part, shape: Shape, in_channels: int) -> dict[str, Tensor]:

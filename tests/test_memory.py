@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from make_checkpoint import SHAPES, keys_of_shape, make_teacher, make_tokenizer
+from make_checkpoint import make_teacher, make_tokenizer, weightless
 
 from toolkit import assembly, distill
 from toolkit.assembly import Teacher
@@ -19,25 +19,6 @@ from toolkit.training.adapters import LoraShape, OneNetwork
 from toolkit.training.checkpoint import Checkpoint, open_checkpoint
 from toolkit.training.memory import GIB, Needs, Route, peak, weights_bytes
 from toolkit.training.networks import Turns, lazily
-
-
-def weightless(shape: str) -> Checkpoint:
-    """A checkpoint of true size on the meta device."""
-    of = SHAPES[shape]
-    return Checkpoint(
-        path=Path("model.safetensors"),
-        name="model",
-        kind="teacher",
-        family=of.family.key,
-        inpaint=False,
-        prediction_type="epsilon",
-        ztsnr=False,
-        spec=None,
-        resolution=(of.size, of.size),
-        tensors=keys_of_shape(shape),
-        configs={},
-        tokenizer_from=None,
-    )
 
 
 def route(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, free: float, **asked: Any) -> Route:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from make_checkpoint import SHAPES, keys_of_shape, make_teacher
+from make_checkpoint import make_teacher, weightless
 
 from toolkit import assembly
 from toolkit.assembly import Teacher, settle
 from toolkit.diffusion.errors import BadInput
-from toolkit.training.checkpoint import Checkpoint, open_checkpoint
+from toolkit.training.checkpoint import open_checkpoint
 from toolkit.training.memory import GIB, Needs, weights_bytes
 from toolkit.training.optimizers import make_optimizer
 from toolkit.training.presets import PRESETS, fitting_micro_batch
@@ -38,25 +38,6 @@ def with_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     package = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=adamw))
     monkeypatch.setitem(sys.modules, "bitsandbytes", package)
     return asked
-
-
-def weightless(shape: str) -> Teacher:
-    of = SHAPES[shape]
-    checkpoint = Checkpoint(
-        path=Path("model.safetensors"),
-        name="model",
-        kind="teacher",
-        family=of.family.key,
-        inpaint=False,
-        prediction_type="epsilon",
-        ztsnr=False,
-        spec=None,
-        resolution=(of.size, of.size),
-        tensors=keys_of_shape(shape),
-        configs={},
-        tokenizer_from=None,
-    )
-    return Teacher(False, checkpoint)
 
 
 def test_the_moments_in_8_bits_come_from_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +89,7 @@ def test_a_preset_decides_for_large_networks_and_flags_win(monkeypatch: pytest.M
         return {"training": needs.batch * GIB}
 
     monkeypatch.setattr(Needs, "stages", stages)
-    teacher = weightless("sd15")
+    teacher = Teacher(False, weightless("sd15"))
 
     def settled(preset: str, **more: Any) -> tuple[Settings, dict[str, str]]:
         given = {"ckpt": "model.safetensors", "device": "cpu", "student": "lora", **more}

@@ -64,6 +64,21 @@ class Host:
     python: Path
     packages: tuple[Path, ...] = ()
 
+    def run_script(self, script: str, *arguments: Path) -> str:
+        """Run Python text among the host's own modules, which must end well; what it says on stderr."""
+        packages = [str(SITE), *map(str, self.packages)]
+        done = subprocess.run(
+            [str(self.python), "-c", script, *map(str, arguments)],
+            cwd=self.folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(packages)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
 
 @dataclass
 class Run:

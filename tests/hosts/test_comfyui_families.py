@@ -4,15 +4,13 @@ ComfyUI's modules run without its server, in one process that answers all the te
 """
 
 import json
-import os
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hosts.comfyui import SITE, Host
+from hosts.comfyui import Host
 from make_checkpoint import (
     SHAPES,
     TINY,
@@ -169,17 +167,7 @@ class Answers:
 
 def work(host: Host, script: str, folder: Path) -> None:
     """Run a script after the prelude, with the host's Python."""
-    packages = [str(SITE), *map(str, host.packages)]
-    done = subprocess.run(
-        [str(host.python), "-c", PRELUDE + script, str(ROOT), str(folder)],
-        cwd=host.folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(packages)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    host.run_script(PRELUDE + script, ROOT, folder)
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,12 @@ ComfyUI's modules run without its server, in one process that answers all the te
 """
 
 import json
-import os
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from hosts.comfyui import SITE, Host
+from hosts.comfyui import Host
 from make_checkpoint import TINY, make_teacher
 from make_lora import (
     CONVOLUTION,
@@ -133,18 +131,8 @@ def answers(comfyui_host: Host, tmp_path_factory: pytest.TempPathFactory) -> Ans
             save_lora(folder / f"{family}.{case}.safetensors", lora_of(teacher, case))
     asked = {"families": FAMILIES, "cases": list(KINDS), "strength": STRENGTH}
     (folder / "asked.json").write_text(json.dumps(asked))
-    packages = [str(SITE), *map(str, comfyui_host.packages)]
-    done = subprocess.run(
-        [str(comfyui_host.python), "-c", WORKER, str(folder)],
-        cwd=comfyui_host.folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(packages)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "not loaded" not in done.stderr and "ERROR" not in done.stderr, done.stderr
+    said = comfyui_host.run_script(WORKER, folder)
+    assert "not loaded" not in said and "ERROR" not in said, said
     return Answers(folder, teachers, json.loads((folder / "said.json").read_text()))
 
 

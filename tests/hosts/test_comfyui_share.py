@@ -8,14 +8,12 @@ encoders it builds of the true sizes only.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from hosts.comfyui import SITE, Host
+from hosts.comfyui import Host
 from hosts.reference import relative_error
 from make_checkpoint import make_spec, make_student, make_tokenizer
 from PIL import Image
@@ -114,17 +112,7 @@ def everything(comfyui_host: Host, tmp_path_factory: pytest.TempPathFactory) -> 
             "shape": [1, *painter.latent_shape()],
         }
     (folder / "asked.json").write_text(json.dumps(asked))
-    packages = [str(SITE), *map(str, comfyui_host.packages)]
-    done = subprocess.run(
-        [str(comfyui_host.python), "-c", WORKER, str(folder)],
-        cwd=comfyui_host.folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(packages)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    comfyui_host.run_script(WORKER, folder)
     answers = load_file(folder / "answers.safetensors")
     return {
         name: Shared(student, shared, answers[name] * student.scaling_factor)

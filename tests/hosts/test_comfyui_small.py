@@ -4,8 +4,6 @@ ComfyUI's modules run without its server, in one process that answers all the te
 """
 
 import json
-import os
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hosts.comfyui import SITE, Host
+from hosts.comfyui import Host
 from make_checkpoint import SHAPES, make_teacher, make_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -175,17 +173,7 @@ def everything(
         "shapes": _shapes(),
     }
     (folder / "asked.json").write_text(json.dumps(asked))
-    packages = [str(SITE), *map(str, comfyui_host.packages)]
-    done = subprocess.run(
-        [str(comfyui_host.python), "-c", WORKER, str(ROOT), str(folder)],
-        cwd=comfyui_host.folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(packages)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    comfyui_host.run_script(WORKER, ROOT, folder)
     said = json.loads((folder / "said.json").read_text())
     answers = load_file(folder / "answers.safetensors")
     return {

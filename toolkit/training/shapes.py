@@ -43,7 +43,7 @@ _SD15_UNET = {
     "layers_per_block": 2,
     "attention_head_dim": 8,
 }
-_SDXL_UNET = {
+SDXL_UNET = {
     "block_out_channels": (320, 640, 1280),
     "cross_attention_dim": 2048,
     "layers_per_block": 2,
@@ -68,7 +68,7 @@ class Shape:
 
 SHAPES: Mapping[str, Shape] = {
     "sd15": Shape(SD1, {"unet": _SD15_UNET, "vae": _VAE, "text_encoder": _CLIP_L}),
-    "sdxl": Shape(SDXL, {"unet": _SDXL_UNET, "vae": _VAE, "text_encoder": _CLIP_L, "text_encoder_2": _BIG_G}),
+    "sdxl": Shape(SDXL, {"unet": SDXL_UNET, "vae": _VAE, "text_encoder": _CLIP_L, "text_encoder_2": _BIG_G}),
 }
 
 
