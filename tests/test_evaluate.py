@@ -273,6 +273,18 @@ def test_the_command_writes_rows_and_pictures(folder, tmp_path, capsys):
     assert {file.name for file in tmp_path.glob("*.png")} == {"guidance.png", "steps.png", "strength.png"}
 
 
+def test_students_of_one_file_name_are_told_apart_by_their_folders(tmp_path):
+    files = [tmp_path / run / "students" / "2.safetensors" for run in ("a", "b", "c")]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    named = evaluate._student_files(files)
+    assert list(named.values()) == files
+    assert list(named) == ["2.safetensors", "students/2.safetensors", "c/students/2.safetensors"]
+    with pytest.raises(BadInput, match="given twice"):
+        evaluate._student_files([file for file in files for _ in range(9)])
+
+
 def test_without_a_judge_the_teachers_unet_looks_and_real_pictures_are_measured_too(folder, tmp_path, capsys):
     real = tmp_path / "real"
     for number in range(8):

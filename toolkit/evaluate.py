@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import math
@@ -188,11 +189,10 @@ def _student_files(paths: Sequence[Path]) -> dict[str, Path]:
         files += sorted(inside, key=lambda file: (len(file.name), file.name), reverse=True) or [path]
     named: dict[str, Path] = {}
     for file in files:
-        name = file.name
-        if name in named:
-            name = f"{file.resolve().parent.name}/{file.name}"
-        if name in named:
-            raise BadInput(f"{file}: another student of that name was given; rename one of the files")
+        tails = itertools.accumulate(reversed(file.resolve().parts), lambda tail, part: f"{part}/{tail}")
+        name = next((tail for tail in tails if tail not in named), None)
+        if name is None:
+            raise BadInput(f"{file}: this student was given twice")
         named[name] = file
     return named
 
