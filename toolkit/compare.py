@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -104,7 +105,9 @@ class Bench:
     def __init__(self, out: Path, *, work: int, samples: int) -> None:
         self.out, self.work, self.samples = out, work, samples
         self.running: set[subprocess.Popen[bytes]] = set()
-        self.drawing, self.measuring = threading.Lock(), threading.Lock()
+        self.drawing, self.claiming = threading.Lock(), threading.Lock()
+        self.claimed: set[str] = set()
+        self.measuring: dict[int, threading.Lock] = defaultdict(threading.Lock)
         self.tasks: dict[str, Future[None]] = {}
         self.stopped = False
 
@@ -169,19 +172,27 @@ class Bench:
     def run(self, one: Run, chosen: Sequence[Contender]) -> None:
         """A run, and after a contender's last one its measuring, and that of whom its students serve too."""
         self.train(one)
-        with self.measuring:
-            for contender in chosen:
-                if one.contender.name in (contender.name, contender.students_of) and self.trained(contender):
-                    self.measure(contender)
+        for contender in chosen:
+            if one.contender.name in (contender.name, contender.students_of) and self.claim(contender):
+                self.measure(contender)
+
+    def claim(self, contender: Contender) -> bool:
+        """Whether the caller is to measure it: all is trained, and nobody was told so before."""
+        with self.claiming:
+            free = contender.name not in self.claimed and self.trained(contender)
+            if free:
+                self.claimed.add(contender.name)
+            return free
 
     def trained(self, contender: Contender) -> bool:
         return all((self.out / one.name / "report.html").exists() for one in runs_of(contender))
 
     def measure(self, contender: Contender) -> None:
-        """Its students, which are trained; one contender at a time, so that the teacher paints once."""
+        """Its students, which are trained."""
         folder = self._measured(contender)
         if (folder / "done").exists():
             return
+        samples = contender.samples or self.samples
         students = [file for one in runs_of(contender) for file in one.students(self.out / one.name)]
         said = {
             "teacher": TEACHER,
@@ -189,12 +200,13 @@ class Bench:
             "guidance": contender.guidances,
             "steps": contender.measured_at,
             "strength": contender.strengths,
-            "samples": contender.samples or self.samples,
+            "samples": samples,
             "seed": REFERENCE_SEED,
             "cache_dir": self.out / "painted",
             "out": folder,
         }
-        self._call(f"{contender.name}-measured", "toolkit.evaluate", _arguments(said))
+        with self.measuring[samples]:  # one after the other, so that the teacher paints once
+            self._call(f"{contender.name}-measured", "toolkit.evaluate", _arguments(said))
         self.write(f"measured/{contender.name}/done", "")
         log.info("%s: measured", contender.name)
 
