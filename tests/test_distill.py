@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +22,9 @@ from make_checkpoint import make_teacher, make_tokenizer
 from make_lora import ATTENTION, named, random_factors, save_lora, weights_of
 from PIL import Image
 
-from toolkit import distill
+from toolkit import assembly, distill
 from toolkit.diffusion.errors import BadInput
+from toolkit.evaluation.showcase import Showcase, showcase
 from toolkit.runtime.files import load_tensors, read_spec, save_tensors, sha256_of
 from toolkit.training import loop, plan
 from toolkit.training.checkpoint import open_checkpoint
@@ -70,6 +72,7 @@ def test_a_run_without_any_network_leaves_students_report_and_log(arguments, cal
 
     for name in ("socket", "create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(assembly, "showcase", partial(showcase, reference_steps=5))
     call([*arguments, "--report-prompts", "1"])
     out = tmp_path / "run"
     written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
@@ -453,6 +456,7 @@ def test_a_lora_beside_the_run_changes_the_student_and_is_measured(
     whole_visit = Guests.visit
     monkeypatch.setattr(Guests, "visit", visit)
     monkeypatch.setattr(loop, "draw_batch", spied)
+    monkeypatch.setattr(assembly, "showcase", lambda *_, **__: Showcase((), (), None))
     call([*arguments, "--report-prompts", "0"])
     plain = (tmp_path / "run" / "student.safetensors").read_bytes()
     lora = ["--student", "lora", "--rank", "2"]
