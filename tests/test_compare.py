@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from toolkit import assembly, compare
-from toolkit.compare import TRAINED, Bench, Run, runs_of, tables
+from toolkit.compare import TRAINED, Bench, Run, runs_of
+from toolkit.comparison import tables
 from toolkit.contenders import CONTENDERS, Contender
 from toolkit.diffusion.errors import BadInput
 
@@ -174,7 +175,7 @@ def test_a_line_is_the_mean_of_its_seeds_and_how_far_they_lie_from_it(bench):
 
 
 def test_bad_input_is_said_before_anything_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "_matplotlib", lambda: None)
+    monkeypatch.setattr(compare, "matplotlib", lambda: None)
     with pytest.raises(BadInput, match="--only nobody: no such contender; there are fold"):
         compare.main(["--out", str(tmp_path / "a"), "--only", "nobody"])
     with pytest.raises(BadInput, match="--jobs 0: expected 1 or more"):
