@@ -573,6 +573,7 @@ def measure_costs(
         batch=batch,
         device=device,
         precision=settings.precision,
+        optimizer=settings.optimizer,
     )
 
 

@@ -1,12 +1,13 @@
 """What a run will cost, before it starts: updates, network evaluations, memory, disk and time.
 
-Times come from a few real forwards and one training step on the teacher's own network and shapes; memory from
-memory.py.
+Times come from a few real forwards, training steps and updates on the teacher's own network and shapes;
+memory from memory.py.
 """
 
 from __future__ import annotations
 
 import shutil
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..diffusion.denoiser import Cond, Network
 from ..diffusion.errors import BadInput
@@ -22,18 +24,23 @@ from ..diffusion.method import Phase
 from .loop import LoopSettings
 from .memory import free_memory, size
 from .networks import DTYPES
+from .optimizers import make_optimizer
+
+SAMPLED = 2**24
+"""Trained numbers, about, on which an update is timed; the time is taken to grow with their count."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured: seconds a picture of one evaluation and of one training step. ``trained`` parameters are
-    trained, of the network or beside it. Where the step did not fit the free memory it is not ``measured``,
-    but taken for three evaluations.
+    """Measured: seconds a picture of one evaluation and of one training step, and of what each update does
+    with the gradients. ``trained`` parameters are trained, of the network or beside it. Where the step did
+    not fit the free memory it is not ``measured``, but taken for three evaluations.
     """
 
     trained: int
     evaluation_seconds: float
     training_seconds: float
+    update_seconds: float
     measured: bool = True
 
 
@@ -120,6 +127,7 @@ def measure(
     batch: int,
     device: torch.device,
     precision: str,
+    optimizer: str,
 ) -> Costs:
     """Time a student at its real shapes (``cond`` and ``w``: ``batch`` rows), in the precision of the run;
     its weights are left as they were.
@@ -152,12 +160,34 @@ def measure(
         trained=sum(p.numel() for p in trained),
         evaluation_seconds=evaluation / batch,
         training_seconds=training / batch,
+        update_seconds=_updating(trained, optimizer, device),
         measured=fits,
     )
 
 
+def _updating(trained: Sequence[Tensor], optimizer: str, device: torch.device) -> float:
+    """Seconds of clipping, the optimiser's step and averaging, on copies of some of what is trained."""
+    sample: list[Parameter] = []
+    for tensor in trained:
+        if sum(copy.numel() for copy in sample) < SAMPLED:
+            sample.append(Parameter(tensor.detach().clone()))
+            sample[-1].grad = torch.full_like(tensor, 1e-3)
+    averages = [copy.detach().clone() for copy in sample]
+    stepping = make_optimizer(optimizer, sample, lr=1e-6, device=device)
+
+    @torch.no_grad()
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(sample, 1.0)
+        stepping.step()
+        for average, copy in zip(averages, sample, strict=True):
+            average.lerp_(copy, 0.01)
+
+    counted = sum(copy.numel() for copy in sample)
+    return _seconds(update, device) * sum(tensor.numel() for tensor in trained) / counted
+
+
 def _seconds(work: Any, device: torch.device, repeats: int = 3) -> float:
-    """The fastest of a few runs after one to warm up; a slow network is timed once."""
+    """The median of a few runs after one to warm up; a slow network is timed once."""
     times: list[float] = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -167,7 +197,7 @@ def _seconds(work: Any, device: torch.device, repeats: int = 3) -> float:
         times.append(time.perf_counter() - started)
         if times[0] > 10:
             break
-    return min(times[1:] or times)
+    return statistics.median(times[1:] or times)
 
 
 def make_plan(
@@ -195,8 +225,11 @@ def make_plan(
             updates=updates,
             evaluations=round(updates * settings.batch_size * (beside(phase, on_kept) + 1)),
             seconds=updates
-            * settings.batch_size
-            * (beside(phase, on_kept) * costs.evaluation_seconds + costs.training_seconds),
+            * (
+                settings.batch_size
+                * (beside(phase, on_kept) * costs.evaluation_seconds + costs.training_seconds)
+                + costs.update_seconds
+            ),
         )
         for phase, updates in zip(phases, settings.updates, strict=True)
     ]
