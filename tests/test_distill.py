@@ -137,6 +137,25 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(arguments, call, tmp_path,
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
+def test_a_plan_for_several_processes_says_what_each_takes(arguments, call, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    call([*arguments, "--dry-run", "--json"])
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert (
+        plan["processes"] == 2 and "1 picture at once, 2 processes with 1 of an update's 2" in plan["route"]
+    )
+    for extra, sentence in (
+        ("--batch-size 3", "by 2 processes"),
+        ("--device cuda:1", "leave out the number"),
+    ):
+        with pytest.raises(BadInput, match=sentence):
+            call([*arguments, *extra.split(), "--dry-run"])
+    monkeypatch.setenv("RANK", "1")
+    call([*arguments, "--dry-run", "--json"])
+    assert capsys.readouterr().out == ""
+
+
 def test_a_training_step_that_does_not_fit_the_memory_is_not_tried(arguments, call, capsys, monkeypatch):
     monkeypatch.setattr(plan, "free_memory", lambda device: 0)
     call([*arguments, "--dry-run", "--json"])

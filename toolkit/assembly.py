@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,8 @@ from .training.optimizers import require_optimizer
 from .training.plan import Costs, Plan, make_plan, measure
 from .training.presets import fitting_micro_batch, preset_defaults
 from .training.prompts import STYLES, built_in_prompts, read_prompts, style_of, with_long_ones, with_triggers
-from .training.samples import GuidanceRange, Samples, content_key
+from .training.ranks import ALONE, Ranks, exchange_bytes
+from .training.samples import GuidanceRange, Samples, content_key, kept_texts
 from .training.settings import (
     LARGE,
     LORA_LARGE,
@@ -458,12 +459,17 @@ def _method_phases(settings: Settings, checkpoint: Checkpoint) -> tuple[Phase, .
     return method.phases(method.Config(**settings.method_config), setting)
 
 
-def _loop_settings(settings: Settings, checkpoint: Checkpoint) -> LoopSettings:
+def _at_once(settings: Settings, processes: int) -> int:
+    """Pictures in the memory of each process."""
+    return min(settings.micro_batch, max(1, settings.batch_size // processes))
+
+
+def _loop_settings(settings: Settings, checkpoint: Checkpoint, processes: int = 1) -> LoopSettings:
     loras = LORA_SMALL if checkpoint.unet_parameters < SMALL_PARAMETERS else LORA_LARGE
     return LoopSettings(
         updates=settings.updates,
         batch_size=settings.batch_size,
-        micro_batch=min(settings.micro_batch, settings.batch_size),
+        micro_batch=_at_once(settings, processes),
         lr=settings.lr,
         warmup=settings.warmup,
         clip=settings.clip,
@@ -557,13 +563,18 @@ def _content(settings: Settings, checkpoint: Checkpoint, prompts: Sequence[str])
 
 
 def measure_costs(
-    settings: Settings, phases: Sequence[Phase], teacher: Teacher, request: DataRequest
+    settings: Settings,
+    phases: Sequence[Phase],
+    teacher: Teacher,
+    request: DataRequest,
+    *,
+    processes: int = 1,
 ) -> Costs:
     """The network briefly timed, at the largest of the sizes."""
     _require_parts(teacher.checkpoint)
     device = torch.device(settings.device)
     student, trained = _measurable(settings, phases, teacher.checkpoint, device)
-    batch = min(settings.micro_batch, settings.batch_size)
+    batch = _at_once(settings, processes)
     return measure(
         student,
         trained=trained,
@@ -585,12 +596,21 @@ def plan_run(
     costs: Costs,
     *,
     free: int | None = None,
+    processes: int = 1,
 ) -> Plan:
-    """Add up what the run will cost, from what was measured; ``free`` as for :func:`settle`."""
+    """Add up what the run will cost, from what was measured; ``free`` as for :func:`settle`, of each of the
+    ``processes``.
+    """
     free = free_memory(torch.device(settings.device)) if free is None else free
-    batch = min(settings.micro_batch, settings.batch_size)
     folder = request.folder(Path(settings.cache_dir))
-    loop = _loop_settings(settings, teacher.checkpoint)
+    loop = _loop_settings(settings, teacher.checkpoint, processes)
+    needs = Needs(
+        teacher.checkpoint, *settings.size, batch=loop.micro_batch, looks=settings.report_prompts > 0
+    )
+    memory = needs.stages(
+        rank=settings.rank, precision=settings.precision, ema=settings.ema, optimizer=settings.optimizer
+    )
+    memory["training"] += exchange_bytes(costs.trained, processes)
     return make_plan(
         phases,
         dataclasses.replace(loop, trajectory_share=loop.trajectory_share * (1 - teacher.guests.share)),
@@ -601,16 +621,10 @@ def plan_run(
         student_bytes=(teacher.checkpoint.unet_parameters + (costs.trained if settings.rank else 0))
         * DTYPES[settings.dtype].itemsize
         + sum(t.nbytes for t in teacher.checkpoint.carried().values()),
-        memory=Needs(
-            teacher.checkpoint, *settings.size, batch=batch, looks=settings.report_prompts > 0
-        ).stages(
-            rank=settings.rank,
-            precision=settings.precision,
-            ema=settings.ema,
-            optimizer=settings.optimizer,
-        ),
+        memory=memory,
         free_bytes=free,
-        route=_route_text(settings, teacher.checkpoint),
+        route=_route_text(settings, teacher.checkpoint, processes),
+        processes=processes,
         files=[
             *_both("student", settings),
             *(name for phase in phases for name in _both(f"students/{len(phase.grid)}", settings)),
@@ -642,7 +656,7 @@ def _measurable(
     return pair.student, list(pair.trained.values())
 
 
-def _route_text(settings: Settings, checkpoint: Checkpoint) -> str:
+def _route_text(settings: Settings, checkpoint: Checkpoint, processes: int) -> str:
     """How the run gets by with the memory, for people."""
     ways = [
         "every weight is trained"
@@ -652,8 +666,11 @@ def _route_text(settings: Settings, checkpoint: Checkpoint) -> str:
     ]
     if checkpoint.unet_parameters > CHECKPOINT_GRADIENTS_ABOVE:
         ways.append("activations are recomputed")
-    pictures = min(settings.micro_batch, settings.batch_size)
+    pictures = _at_once(settings, processes)
     ways.append(f"{pictures} picture{'s' if pictures > 1 else ''} at once")
+    if processes > 1:
+        each = settings.batch_size // processes
+        ways.append(f"{processes} processes with {each} of an update's {settings.batch_size} pictures each")
     ways.append("text encoders and VAE are on the device only while they are needed")
     return "route: " + ", ".join(ways)
 
@@ -680,26 +697,34 @@ def _require_parts(checkpoint: Checkpoint) -> None:
     checkpoint.vae()
 
 
-def _make_samples(settings: Settings, teacher: Teacher, request: DataRequest) -> Samples:
+def _make_samples(
+    settings: Settings, teacher: Teacher, request: DataRequest, ranks: Ranks = ALONE
+) -> Samples:
     """The run's data, from the cache where it is there already; text encoders and UNet are not loaded at
-    once, and only if they are needed."""
+    once, and only if they are needed. Processes share the teacher's pictures shard by shard; people's are
+    encoded by the first of them, for most of that is reading.
+    """
     checkpoint, device = teacher.checkpoint, torch.device(settings.device)
     folder = request.folder(Path(settings.cache_dir))
-    _require_same(Path(settings.out), folder.name)
+    if ranks.writes:
+        _require_same(Path(settings.out), folder.name)
 
     def encode(texts: Sequence[str]) -> Cond:
         return encode_prompts(texts, load_encoders(checkpoint, device=device))
 
     if isinstance(request, ImageSampleRequest):
         vae = place(checkpoint.vae(), device).eval()
-        return make_image_samples(
-            request,
-            folder,
-            source=Path(settings.data or ""),
-            encode_images=lambda images: encode_images(images, vae),
-            encode=encode,
-            progress=lambda pictures: tqdm(pictures, desc="pictures", unit="", dynamic_ncols=True),
-        )
+        with ranks.first():
+            return make_image_samples(
+                request,
+                folder,
+                source=Path(settings.data or ""),
+                encode_images=lambda images: encode_images(images, vae),
+                encode=encode,
+                progress=lambda pictures: tqdm(
+                    pictures, desc="pictures", unit="", dynamic_ncols=True, disable=not ranks.writes
+                ),
+            )
 
     def load() -> Network:
         unet = checkpoint.unet(dtype=DTYPES[settings.precision])
@@ -713,6 +738,16 @@ def _make_samples(settings: Settings, teacher: Teacher, request: DataRequest) ->
             lambda x0: decode_latents(x0, vae),
             checkpoint.downscale,
         )
+
+    def shared(shards: Iterable[int]) -> Generator[int]:
+        ranks.wait()  # all have seen which are missing
+        mine = ranks.mine(list(shards))
+        yield from tqdm(mine, desc="pictures", unit="shard", dynamic_ncols=True, disable=not ranks.writes)
+        ranks.wait()
+
+    if ranks.count > 1:
+        with ranks.first():
+            kept_texts(folder, request.prompts, request.negative, encode)
     return make_teacher_samples(
         request,
         folder,
@@ -721,7 +756,7 @@ def _make_samples(settings: Settings, teacher: Teacher, request: DataRequest) ->
         schedule=checkpoint.schedule,
         device=device,
         batch=settings.micro_batch,
-        progress=lambda shards: tqdm(shards, desc="pictures", unit="shard", dynamic_ncols=True),
+        progress=shared,
         pictures=pictures,
     )
 
@@ -773,12 +808,13 @@ def run_all(
     teacher: Teacher,
     request: DataRequest,
     told: Callable[[dict[str, Any]], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Data, training, students, report; each goes on where it was left. ``told`` hears each line of
-    run.jsonl.
+    run.jsonl. Of several processes (``ranks``) the first reports.
     """
     out, checkpoint = Path(settings.out), teacher.checkpoint
-    samples = _make_samples(settings, teacher, request)
+    samples = _make_samples(settings, teacher, request, ranks)
     data = request.outcome(samples)
 
     def finished(phase: Phase, state: dict[str, Tensor]) -> None:
@@ -797,14 +833,17 @@ def run_all(
         samples=samples,
         new_unet=lambda: teacher.guests.welcome(_new_unet(settings, phases, checkpoint)()),
         finished=finished,
-        look=_looker(settings, teacher),
+        look=_looker(settings if ranks.writes else dataclasses.replace(settings, report_prompts=0), teacher),
         out=out,
         guests=teacher.guests,
         start=Start(earlier.spec.prediction_type, earlier.state) if (earlier := teacher.earlier) else None,
         told=told or (lambda line: None),
         pilot_pictures=min(4, settings.report_prompts),
     )
-    train(job, _loop_settings(settings, checkpoint), device=torch.device(settings.device))
+    loop = _loop_settings(settings, checkpoint, ranks.count)
+    train(job, loop, device=torch.device(settings.device), ranks=ranks)
+    if not ranks.writes:
+        return {}
     verdict = _report(settings, phases, teacher, data)
     keep_verdict(out, verdict or "finished")
     student = out / "student.safetensors"

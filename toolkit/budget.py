@@ -113,6 +113,7 @@ def fit_run(
     *,
     free: int | None = None,
     preset: str | None = None,
+    processes: int = 1,
 ) -> tuple[dict[str, Any], str, Costs]:
     """Flags in place of ``--hours``, the sentence of their choice, and what was measured for it."""
     if not hours > 0:
@@ -129,12 +130,12 @@ def fit_run(
         )[0]
         for method in methods
     ]
-    costs = _measured(runs[0], teacher)
+    costs = _measured(runs[0], teacher, processes)
     offers: list[Offer] = []
     for settings in runs:
         phases = phases_of(settings, teacher)
         request = data_request(settings, phases, teacher)
-        plan = plan_run(settings, phases, teacher, request, costs, free=free)
+        plan = plan_run(settings, phases, teacher, request, costs, free=free, processes=processes)
         fixed = isinstance(request, ImageSampleRequest) or "pictures" in said or not plan.sample_seconds
         offers.append(_offer(settings, plan, fixed=fixed))
     report = REPORT_EVALUATIONS * runs[0].report_prompts * costs.evaluation_seconds
@@ -147,9 +148,10 @@ def fit_run(
     return flags, found.says, costs
 
 
-def _measured(settings: Settings, teacher: Teacher) -> Costs:
+def _measured(settings: Settings, teacher: Teacher, processes: int) -> Costs:
     phases = phases_of(settings, teacher)
-    return measure_costs(settings, phases, teacher, data_request(settings, phases, teacher))
+    request = data_request(settings, phases, teacher)
+    return measure_costs(settings, phases, teacher, request, processes=processes)
 
 
 def _offer(settings: Settings, plan: Plan, *, fixed: bool) -> Offer:

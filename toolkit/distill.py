@@ -8,6 +8,7 @@ examples:
   python -m toolkit.distill --ckpt model.safetensors --resume
   python -m toolkit.distill --finish --out runs/model-progressive-4
   python -m toolkit.distill --ckpt model.safetensors --init students/4.safetensors --steps 2
+  accelerate launch -m toolkit.distill --ckpt model.safetensors    (a process for each GPU)
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
 
 from .assembly import (
     Teacher,
@@ -31,7 +35,7 @@ from .assembly import (
     settle,
 )
 from .budget import fit_run
-from .command import print_json, run
+from .command import BAD_INPUT, INTERRUPTED, print_json, run
 from .diffusion.errors import BadInput
 from .evaluation.watch import watched
 from .methods import find_methods, options_of
@@ -39,13 +43,14 @@ from .opening import OVERRIDE_HELP
 from .runtime.files import atomic_path
 from .training.board import tensorboard
 from .training.caches import require_room
-from .training.loop import raise_on_stops
-from .training.memory import GIB
+from .training.loop import Interrupted, raise_on_stops
+from .training.memory import GIB, free_memory
 from .training.networks import DTYPES
 from .training.optimizers import OPTIMIZERS
 from .training.plan import Plan, require_disk
 from .training.presets import PRESETS
 from .training.prompts import STYLES
+from .training.ranks import ALONE, Ranks, SaidByTheFirst, gathered, launched, require_shares
 from .training.settings import Settings, read_config, to_toml
 
 log = logging.getLogger("fewstep")
@@ -61,18 +66,64 @@ def main() -> None:
     options = _parse()
     begun = options.resume or options.finish
     config = _stored(options) if begun else _config_file(options)
+    ranks = ALONE
+    if launched() > 1:
+        if (options.dry_run or options.finish) and os.environ.get("RANK") != "0":
+            return
+        cpu = _on_cpu(options.device or config.get("device"))
+        if not (options.dry_run or options.finish):
+            ranks = gathered(cpu=cpu)
+    if ranks.writes:
+        _lead(options, config, ranks)
+    else:
+        _follow(ranks)
+    ranks.leave()
+
+
+def _follow(ranks: Ranks) -> None:
+    """The run that the first process has settled, in silence; what befalls this process alone is said."""
+    logging.disable(logging.WARNING)
+    try:
+        out = Path(ranks.told())
+        config = {**read_config(out / "config.toml", _known()), "out": str(out)}
+        teacher = Teacher.open(config)
+        settings, _ = settle({}, config, teacher)
+        phases = phases_of(settings, teacher)
+        run_all(settings, phases, teacher, data_request(settings, phases, teacher), ranks=ranks)
+    except (SaidByTheFirst, Interrupted) as error:
+        ranks.linger()
+        raise SystemExit(BAD_INPUT if isinstance(error, BadInput) else INTERRUPTED) from None
+    except BadInput as error:
+        raise BadInput(f"process {ranks.number + 1} of {ranks.count}: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _on_cpu(device: str | None) -> bool:
+    """Whether the processes compute on the CPU; BadInput where one card is named for all of them."""
+    if device and ":" in device:
+        raise BadInput(f"--device {device}: each process has a card of its own; leave out the number")
+    return device == "cpu" if device else not torch.cuda.is_available()
+
+
+def _lead(options: argparse.Namespace, config: dict[str, Any], ranks: Ranks) -> None:
+    begun, processes = options.resume or options.finish, launched()
     given = {name: v for name, v in vars(options).items() if v is not None and name not in NOT_SETTINGS}
     teacher = Teacher.open({**config, **given})
     if options.vram is not None and options.preset is not None:
         raise BadInput("--vram and --preset both say how much memory to plan for; leave one out")
     gib = options.vram if options.preset is None else PRESETS[options.preset]
     free = None if gib is None else round(gib * GIB)
+    if free is None and processes > 1 and _on_cpu(options.device or config.get("device")):
+        free = free_memory(torch.device("cpu")) // processes
     hours = config.pop("hours", None) if options.hours is None else options.hours
     flags, costs = dict[str, Any](), None
     if hours is not None:
         if begun:
             raise BadInput("--hours is for a new run; leave it out to go on with this one")
-        flags, says, costs = fit_run(hours, given, config, teacher, free=free, preset=options.preset)
+        flags, says, costs = fit_run(
+            hours, given, config, teacher, free=free, preset=options.preset, processes=processes
+        )
         log.info("%s", says)
     settings, reasons = settle({**given, **flags}, config, teacher, free=free, preset=options.preset)
     reasons |= {name: f"--hours {hours:g}" for name in flags}
@@ -84,13 +135,14 @@ def main() -> None:
         if options.json:
             print_json(answer)
         return
+    require_shares(settings.batch_size, processes)
     if options.resume and not options.dry_run:
         log.info("going on with %s", out)
     else:
         if not options.dry_run and (out / "config.toml").exists():
             raise BadInput(f"{out} holds a run already; go on with it by --resume, or choose another --out")
-        costs = costs or measure_costs(settings, phases, teacher, request)
-        plan = plan_run(settings, phases, teacher, request, costs, free=free)
+        costs = costs or measure_costs(settings, phases, teacher, request, processes=processes)
+        plan = plan_run(settings, phases, teacher, request, costs, free=free, processes=processes)
         _print_plan(plan, settings, reasons)
         log.info("%s", request.summary())
         for line in teacher.lora_lines():
@@ -118,11 +170,12 @@ def main() -> None:
         _make_cache(Path(settings.cache_dir))
         with atomic_path(out / "config.toml") as temporary:
             temporary.write_text(to_toml(settings), encoding="utf-8")
+    ranks.told(str(out.resolve()))
     with ExitStack() as helpers:
         told = helpers.enter_context(tensorboard(out)) if options.tensorboard else None
         if options.watch:
             log.info("watch the run at %s", helpers.enter_context(watched(out)))
-        answer = run_all(settings, phases, teacher, request, told)
+        answer = run_all(settings, phases, teacher, request, told, ranks)
     if options.json:
         print_json(answer)
 

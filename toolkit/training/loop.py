@@ -6,14 +6,16 @@ data from (seed, phase, epoch). So the state to keep is small: weights, their av
 the run stands.
 
 Out of memory, the loop halves the micro-batch and does the update anew, its batch unchanged. Every update
-still sees the samples that it would have seen (the order keeps the micro-batch that was asked for, and the
-parts are cut into pieces), but a piece draws its own noise from the update's generator, so the bytes depend
+still sees the samples and the random numbers that it would have seen (the order keeps the micro-batch that
+was asked for, and the parts are cut into pieces), but sums are rounded in another order, so the bytes depend
 on where it happened. That is why it is in the state, which is saved there and then: a run that goes on from
-any state gives the bytes of the run that it was.
+any state gives the bytes of the run that it was. Several processes (ranks.py) share each part in the same
+way; the state knows how many pictures a part has, so that another number of processes can go on.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -45,6 +47,7 @@ from .guests import Guests
 from .networks import DTYPES
 from .optimizers import make_optimizer
 from .pilot import LEAST, Pilot, distance, painted
+from .ranks import ALONE, Ranks, as_of
 from .samples import GuidanceRange, Order, Samples, derived_seed, draw_batch
 
 log = logging.getLogger("fewstep")
@@ -56,8 +59,9 @@ window is on Windows."""
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """The resolved numbers of a run; ``updates`` one a phase, ``lora`` None to train every weight,
-    ``caption_dropout`` None as each phase wants it, ``state_minutes`` and ``sample_minutes`` wall-clock.
+    """The resolved numbers of a run; ``updates`` one a phase, ``micro_batch`` of each process, ``lora`` None
+    to train every weight, ``caption_dropout`` None as each phase wants it, ``state_minutes`` and
+    ``sample_minutes`` wall-clock.
     """
 
     updates: tuple[int, ...]
@@ -125,8 +129,9 @@ class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; its state is on the disk."""
 
 
-def train(job: Job, settings: LoopSettings, *, device: torch.device) -> None:
-    """Run the phases from where ``out/state`` stands to the end.
+def train(job: Job, settings: LoopSettings, *, device: torch.device, ranks: Ranks = ALONE) -> None:
+    """Run the phases from where ``out/state`` stands to the end; of several processes (``ranks``) the first
+    alone writes and shows.
 
     Raises BadInput when the loss is not finite, the memory does not suffice or the pilot finds that all is
     not well, and Interrupted after Ctrl+C or one of STOPS, the state saved.
@@ -135,12 +140,21 @@ def train(job: Job, settings: LoopSettings, *, device: torch.device) -> None:
     state = job.out / "state"
     saved = load_state(state / "latest.pt")
     progress = Progress(saved["phase"], saved["update"]) if saved else Progress()
-    at_once = (saved or {}).get("at_once", settings.micro_batch)
-    cut_back(job.out / "run.jsonl", progress)
+    at_once, part = sizes(saved, settings, ranks)
+    if ranks.writes:
+        cut_back(job.out / "run.jsonl", progress)
+    else:
+        job = dataclasses.replace(job, finished=_nothing, look=_nothing)
     done = sum(settings.updates[: progress.phase]) + progress.update
     holder = make_holder(job, settings, device)
     with (
-        tqdm(total=sum(settings.updates), initial=done, unit="update", dynamic_ncols=True) as bar,
+        tqdm(
+            total=sum(settings.updates),
+            initial=done,
+            unit="update",
+            dynamic_ncols=True,
+            disable=not ranks.writes,
+        ) as bar,
         stop_requests() as stop,
         memory_in_words(state),
     ):
@@ -148,7 +162,7 @@ def train(job: Job, settings: LoopSettings, *, device: torch.device) -> None:
             start = NetworkDenoiser(holder.untrained(), job.schedule, job.teacher_prediction)
             job.look("start", start, job.phases[0])
         for index in range(progress.phase, len(job.phases)):
-            trainer = PhaseTrainer(job, settings, index, holder, scaler, device, at_once)
+            trainer = PhaseTrainer(job, settings, index, holder, scaler, device, at_once, part, ranks)
             if saved is not None and "student" in saved:
                 trainer.restore(saved)
             elif saved is None and job.start is not None and index == 0:
@@ -156,13 +170,38 @@ def train(job: Job, settings: LoopSettings, *, device: torch.device) -> None:
             saved = None
             bar.set_description(job.phases[index].name)
             trainer.run(bar, stop, trainer.begin_pilot())
-            save_state(state / f"phase-{index}.pt", trainer.average)
-            job.finished(job.phases[index], trainer.average)
-            trainer.look(job.phases[index].name)
             at_once = trainer.at_once
-            save_state(state / "latest.pt", {"phase": index + 1, "update": 0, "at_once": at_once})
-            (state / f"phase-{index - 1}.pt").unlink(missing_ok=True)
+            with ranks.first():
+                if ranks.writes:
+                    _conclude_phase(trainer, index, {"at_once": at_once, "part": part})
             del trainer
+
+
+def _conclude_phase(trainer: PhaseTrainer, index: int, going_on: dict[str, Any]) -> None:
+    """Write the phase's student and show it; what a later phase needs is kept."""
+    job = trainer.job
+    state = job.out / "state"
+    save_state(state / f"phase-{index}.pt", trainer.average)
+    job.finished(job.phases[index], trainer.average)
+    trainer.look(job.phases[index].name)
+    save_state(state / "latest.pt", {"phase": index + 1, "update": 0, **going_on})
+    (state / f"phase-{index - 1}.pt").unlink(missing_ok=True)
+
+
+def sizes(saved: dict[str, Any] | None, settings: LoopSettings, ranks: Ranks) -> tuple[int, int]:
+    """Pictures that a process takes at once, and those of a part, which all share; as in the state that is
+    gone on from, unless a process would be left without a picture.
+    """
+    if saved is None:
+        return settings.micro_batch, settings.micro_batch * ranks.count
+    at_once = saved.get("at_once", settings.micro_batch)
+    part = saved.get("part", settings.micro_batch)
+    shortest = settings.batch_size % part or part
+    return at_once, part if shortest >= ranks.count else at_once * ranks.count
+
+
+def _nothing(*_: object) -> None:
+    """What the other processes do where the first one writes."""
 
 
 def make_holder(job: Job, settings: LoopSettings, device: torch.device) -> Holder:
@@ -183,7 +222,8 @@ def make_holder(job: Job, settings: LoopSettings, device: torch.device) -> Holde
 
 class PhaseTrainer:
     """One phase: student, its average, optimiser and frozen teacher. Of what is trained it holds three sets
-    of weights at most. ``at_once``: pictures, the micro-batch or less, should the memory not suffice.
+    of weights at most. ``at_once``: pictures, the micro-batch or less, should the memory not suffice;
+    ``part``: those that all processes share (None: as many).
     """
 
     def __init__(
@@ -195,15 +235,17 @@ class PhaseTrainer:
         scaler: torch.GradScaler,
         device: torch.device,
         at_once: int,
+        part: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.job, self.settings, self.index = job, settings, index
+        self.job, self.settings, self.index, self.ranks = job, settings, index, ranks
         self.phase, self.scaler, self.device = job.phases[index], scaler, device
-        self.at_once = at_once
+        self.at_once, self.part = at_once, part or settings.micro_batch
         self.update = 0
         self.order = Order(
             job.samples.buckets,
             batch=settings.batch_size,
-            micro_batch=settings.micro_batch,
+            micro_batch=self.part,
             updates=settings.updates[index],
             seed=derived_seed(settings.seed, index, -1),
         )
@@ -244,22 +286,23 @@ class PhaseTrainer:
         while self.update < self.settings.updates[self.index]:
             started = time.monotonic()
             loss, lr = self.step()
-            if stop.requested:  # first of all: in a closed window the bar can be drawn no more
-                save_state(self.state_path, self.state())
+            stopping = self.ranks.any(stop.requested)
+            if stopping:  # first of all: in a closed window the bar can be drawn no more
+                self.keep()
             bar.update(1)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             if self.update % 10 == 0 or self.update == self.settings.updates[self.index]:
                 self.write_line(bar, loss, lr, time.monotonic() - started)
-            if stop.requested:
+            if stopping:
                 raise Interrupted
             if pilot is not None:
                 pilot.losses.append(loss)
-                if pilot.is_due():
+                if self.ranks.any(pilot.is_due()):
                     self.conclude(pilot)
                     pilot = None
             now = time.monotonic()
             if now - last_state > 60 * self.settings.state_minutes:
-                save_state(self.state_path, self.state())
+                self.keep()
                 last_state = time.monotonic()
             if now - last_look > 60 * self.settings.sample_minutes:
                 self.look(f"{self.phase.name}-{self.update:06d}")
@@ -277,11 +320,12 @@ class PhaseTrainer:
         moving = self.phase.own_evaluations > 0
         finding = pilot.judge(weights, own_target=moving, now=self._distance())
         says = f"pilot, after {self.update} updates: {'going well' if finding.well else 'not going well'}"
-        keep_verdict(self.job.out, f"{says} ({finding.says})")
+        if self.ranks.writes:
+            keep_verdict(self.job.out, f"{says} ({finding.says})")
         log.info("%s (%s)", says, finding.says)
-        if not finding.well:
-            save_state(self.state_path, self.state())
-            raise BadInput(
+        if self.ranks.any(not finding.well):
+            self.keep()
+            raise self.ranks.all_find(
                 f"the pilot stopped this run after {self.update} updates: {finding.says}; start anew with "
                 f"{self._lower_rate()}, or go on all the same by --resume"
             )
@@ -311,7 +355,7 @@ class PhaseTrainer:
         lr *= lr_factor(self.update - waits, updates - waits, settings.warmup) if self.update >= waits else 0
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        while (total := self._gradients()) is None:
+        while (total := self.ranks.total(self._gradients())) is None:
             self._halve()
         self._require_finite(total)
         if critic is not None:
@@ -324,33 +368,37 @@ class PhaseTrainer:
         return total, lr
 
     def _gradients(self) -> float | None:
-        """The loss of the whole batch, its gradients added up; None where they do not fit the memory."""
+        """The loss of this process's share of the batch, its gradients added up; None where they do not fit
+        the memory."""
         seed = derived_seed(self.settings.seed, self.index, self.update)
         generator = torch.Generator().manual_seed(seed)
         total = 0.0
         try:
             for part in self.order(self.update):
                 with self.job.guests.visit(generator) as visited:
-                    for piece in part.split(self.at_once):
-                        total += self._add_gradients(piece, visited, generator)
+                    begun = generator.get_state()
+                    for rows in self.ranks.pieces(len(part), self.at_once):
+                        generator.set_state(begun)
+                        total += self._add_gradients(part, rows, visited, generator)
         except torch.OutOfMemoryError:
             return None
         return total
 
-    def _add_gradients(self, piece: Tensor, visited: bool, generator: torch.Generator) -> float:
-        # Kept trajectories are the teacher's without a guest.
-        batch = draw_batch(
-            self.job.samples,
-            piece,
-            guidance=self.settings.guidance,
-            trajectory_share=0.0 if visited else self.settings.trajectory_share,
-            cfg_rescale=self.settings.cfg_rescale,
-            caption_dropout=self.caption_dropout,
-            generator=generator,
-            device=self.device,
-        )
+    def _add_gradients(self, part: Tensor, rows: Tensor, visited: bool, generator: torch.Generator) -> float:
         waiting = self.update < self.waits
-        loss = self._losses(batch, generator, waiting=waiting).sum() / self.settings.batch_size
+        with as_of(rows, len(part)):
+            batch = draw_batch(
+                self.job.samples,
+                part[rows],
+                guidance=self.settings.guidance,
+                # Kept trajectories are the teacher's without a guest.
+                trajectory_share=0.0 if visited else self.settings.trajectory_share,
+                cfg_rescale=self.settings.cfg_rescale,
+                caption_dropout=self.caption_dropout,
+                generator=generator,
+                device=self.device,
+            )
+            loss = self._losses(batch, generator, waiting=waiting).sum() / self.settings.batch_size
         if not waiting:
             self.scaler.scale(loss).backward()
         return float(loss.detach())
@@ -373,7 +421,7 @@ class PhaseTrainer:
         if self.at_once == 1:
             raise torch.OutOfMemoryError
         before, self.at_once = self.at_once, (self.at_once + 1) // 2
-        save_state(self.state_path, self.state())
+        self.keep()
         log.warning(
             "out of memory at update %d of phase %s with %d pictures at once; going on with %d, the batch "
             "stays %d",
@@ -403,12 +451,13 @@ class PhaseTrainer:
 
     def _step_optimizer(self, optimizer: torch.optim.Optimizer, trained: Mapping[str, Parameter]) -> None:
         """In fp16 gradients are unscaled before they are clipped, and an overflowing update is left out."""
+        self.ranks.add_up(trained.values())
         self.scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(trained.values(), self.settings.clip)
         self.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
-            raise BadInput(
+            raise self.ranks.all_find(
                 f"in fp16 the gradients of phase {self.phase.name} overflow in every update; start anew with "
                 "--precision bf16, or fp32"
             )
@@ -425,7 +474,7 @@ class PhaseTrainer:
         if self.update == 0 and self.index == 0:  # nothing was learned yet, so the rate is not to blame
             exact = self.settings.precision == "fp32"
             flag = "another --cache-dir, for the data may be damaged" if exact else "--precision fp32"
-        raise BadInput(
+        raise self.ranks.all_find(
             f"the loss became {loss} at update {self.update} of phase {self.phase.name}; the last good "
             f"state is kept in {self.job.out / 'state'}; start anew with {flag}"
         )
@@ -456,6 +505,8 @@ class PhaseTrainer:
             parameter.data, self.average[name] = self.average[name], parameter.data
 
     def write_line(self, bar: tqdm[Any], loss: float, lr: float, seconds: float) -> None:
+        if not self.ranks.writes:
+            return
         rate = bar.format_dict["rate"] or 1 / max(seconds, 1e-9)
         line = {
             "time": round(time.time(), 3),
@@ -472,11 +523,16 @@ class PhaseTrainer:
             file.write(json.dumps(line) + "\n")
         self.job.told(line)
 
+    def keep(self) -> None:
+        if self.ranks.writes:
+            save_state(self.state_path, self.state())
+
     def state(self) -> dict[str, Any]:
         return {
             "phase": self.index,
             "update": self.update,
             "at_once": self.at_once,
+            "part": self.part,
             "student": {name: value.detach() for name, value in self.trained.items()},
             "average": self.average if self.settings.ema else None,
             "optimizer": self.optimizer.state_dict(),

@@ -56,7 +56,8 @@ class PhasePlan:
 class Plan:
     """``memory``: bytes of each stage at its largest moment; ``disk``: of each item at its largest;
     ``evaluations`` count pictures through the network. Not ``measured``: a training step's time is a guess.
-    ``route``: how the run gets by with the memory, in words.
+    ``route``: how the run gets by with the memory, in words. ``memory`` is of each of the ``processes``, who
+    share the work equally.
     """
 
     phases: tuple[PhasePlan, ...]
@@ -68,6 +69,7 @@ class Plan:
     files: tuple[str, ...]
     route: str
     measured: bool = True
+    processes: int = 1
 
     @property
     def memory_bytes(self) -> int:
@@ -101,7 +103,8 @@ class Plan:
         ]
         disk = ", ".join(f"{name} {size(count)}" for name, count in self.disk.items())
         stages = ", ".join(f"{name} {size(count)}" for name, count in self.memory.items())
-        memory = f"memory: about {size(self.memory_bytes)} ({stages}), of {size(self.free_bytes)} free"
+        each = " of each process" if self.processes > 1 else ""
+        memory = f"memory{each}: about {size(self.memory_bytes)} ({stages}), of {size(self.free_bytes)} free"
         if self.memory_bytes > self.free_bytes:
             memory += "; that is not enough: try --student lora, a smaller --micro-batch or --resolution"
         if not self.measured:
@@ -213,9 +216,10 @@ def make_plan(
     free_bytes: int,
     files: Sequence[str],
     route: str,
+    processes: int = 1,
 ) -> Plan:
     """``on_trajectory``: the data has trajectories; ``sample_evaluations``: what is still to do for the data;
-    ``student_bytes``: one student's file.
+    ``student_bytes``: one student's file. The exchange between ``processes`` is not counted.
     """
 
     on_kept = settings.trajectory_share if on_trajectory else 0.0
@@ -228,6 +232,7 @@ def make_plan(
             * (
                 settings.batch_size
                 * (beside(phase, on_kept) * costs.evaluation_seconds + costs.training_seconds)
+                / processes
                 + costs.update_seconds
             ),
         )
@@ -236,7 +241,7 @@ def make_plan(
     return Plan(
         phases=tuple(rows),
         sample_evaluations=sample_evaluations,
-        sample_seconds=sample_evaluations * costs.evaluation_seconds,
+        sample_seconds=sample_evaluations * costs.evaluation_seconds / processes,
         memory=dict(memory),
         free_bytes=free_bytes,
         disk={
@@ -247,6 +252,7 @@ def make_plan(
         files=tuple(files),
         route=route,
         measured=costs.measured,
+        processes=processes,
     )
 
 
