@@ -6,10 +6,16 @@ A torch for the CPU runs everything, and takes weeks where the card would take a
 from __future__ import annotations
 
 import os
+import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 QUERY = ("nvidia-smi", "--query-gpu=driver_version,compute_cap", "--format=csv,noheader")
+HOLDERS = (
+    "nvidia-smi",
+    "--query-compute-apps=gpu_uuid,pid,process_name,used_memory",
+    "--format=csv,noheader,nounits",
+)
 INDEX = "https://download.pytorch.org/whl/"
 CUDA_13 = "cu130"
 """For drivers from 580 on and cards from compute capability 7.5 (GTX 16, RTX 20) on."""
@@ -17,13 +23,29 @@ CUDA_12 = "cu126"
 """For those before."""
 
 
-def ask() -> str:
-    """nvidia-smi's lines of "driver, compute capability"; empty where there is no card or no driver."""
+def ask(query: Sequence[str] = QUERY) -> str:
+    """nvidia-smi's lines of "driver, compute capability", or of what else is asked; empty where there is no
+    card or no driver."""
     try:
-        done = subprocess.run(QUERY, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def holders(uuid: str, *, but: int) -> list[tuple[str, int | None]]:
+    """Programs with memory on the card of this uuid ("": on any), most first: names without their folders,
+    and bytes, where the driver tells them (on Windows it does not). ``but``: a process that is left out.
+    """
+    found: list[tuple[str, int | None]] = []
+    for line in ask(HOLDERS).splitlines():
+        if line.count(", ") < 3:
+            continue
+        card, pid, *middle, held = line.split(", ")
+        if card.removeprefix("GPU-").startswith(uuid.removeprefix("GPU-")) and pid != str(but):
+            name = re.split(r"[/\\]", ", ".join(middle))[-1]
+            found.append((name, int(held) * 1024**2 if held.isdigit() else None))
+    return sorted(found, key=lambda row: -(row[1] or 0))
 
 
 def build(told: str) -> str | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
@@ -38,7 +40,8 @@ from .training.checkpoint import Checkpoint
 from .training.images import load_grey, load_picture, picture_size, size_in_cells
 from .training.lora import with_loras
 from .training.masks import at_latent_size
-from .training.networks import DTYPES
+from .training.networks import DTYPES, place
+from .training.tiny import AutoencoderTiny, open_tiny
 
 log = logging.getLogger("fewstep")
 
@@ -47,6 +50,7 @@ EXAMPLES = """examples:
   python -m toolkit.sample --ckpt student.safetensors --prompt "a fox" --init-image a.png -o b.png
   python -m toolkit.sample --ckpt model.safetensors --prompt "a hat" --init-image a.png --mask m.png -o c.png
   python -m toolkit.sample --ckpt model.safetensors --prompt "a fox" --sampler dpmpp_2m --steps 20 -o fox.png
+  python -m toolkit.sample --ckpt student.safetensors --decoder tiny.safetensors --prompt "a fox" -o d.png
   python -m toolkit.sample --ckpt toolkit/demo/teacher.safetensors --prompt "a red star" -o star.png
 """
 HOST_NAMES = {"ddim": "DDIM", "dpmpp_2m": "DPM++ 2M"}
@@ -73,7 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fill = None if asked.mask is None else _fill(asked)
     padded = None if fill is None else _padded(fill, checkpoint)
     log.info("%s", _announcement(checkpoint, plan, asked))
-    painter = Painter.open(checkpoint, device=device, dtype=choose_dtype(asked.precision, device))
+    dtype = choose_dtype(asked.precision, device)
+    painter = Painter.open(checkpoint, device=device, dtype=dtype)
+    if asked.decoder is not None:
+        painter = dataclasses.replace(painter, decoder=_tiny(asked.decoder, checkpoint, device, dtype))
     x0 = None
     if asked.init_image is not None and fill is None:
         x0 = painter.encode(load_picture(asked.init_image, size[1], size[0])[None])
@@ -150,11 +157,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_prompting(parser)
     add_parts(parser)
+    add(
+        "--decoder",
+        type=Path,
+        metavar="FILE",
+        help="a tiny decoder (toolkit.tiny, taesd_decoder) for the pictures, instead of the VAE's own",
+    )
     add("--device", help="cpu, cuda, cuda:1, mps ...; default: the best one there is")
     add("--precision", choices=sorted(DTYPES), help="default: fp16 on a GPU, fp32 elsewhere")
     add("--json", action="store_true", help="say on stdout, as JSON, what was made")
     add("-o", "--out", type=Path, required=True, metavar="OUT.png", help="with --count, OUT-SEED.png each")
     return parser
+
+
+def _tiny(path: Path, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> AutoencoderTiny:
+    """BadInput for one of another VAE's latents."""
+    tiny = open_tiny(path)
+    config = checkpoint.config("vae")
+    own = (int(tiny.config["latent_channels"]), len(tiny.config["block_out_channels"]))
+    if own != (int(config["latent_channels"]), len(config["block_out_channels"])):
+        raise BadInput(
+            f"{path.name}: this decoder is of latents with {own[0]} channels and cells of "
+            f"{2 ** (own[1] - 1)} pixels, and {checkpoint.path.name} has {checkpoint.latent_channels} and "
+            f"{checkpoint.downscale}; give one that was distilled from its VAE"
+        )
+    return place(tiny, device, dtype)
 
 
 def _checked_plan(checkpoint: Checkpoint, asked: argparse.Namespace) -> Plan:

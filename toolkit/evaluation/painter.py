@@ -107,7 +107,8 @@ class Painter:
     ``inpaint``: whether the network sees a mask and a masked picture, all of it grey where none is given;
     ``cfg_rescale``: of a teacher's guidance.
 
-    ``vae`` is diffusers' AutoencoderKL (Any, because this room does not import diffusers).
+    ``vae`` is diffusers' AutoencoderKL (Any, because this room does not import diffusers); ``decoder``: an
+    AutoencoderTiny that makes the pictures in its place.
     """
 
     denoiser: Denoiser
@@ -119,6 +120,7 @@ class Painter:
     device: torch.device | str = "cpu"
     inpaint: bool = False
     cfg_rescale: float = 0.0
+    decoder: Any = None
 
     @classmethod
     def open(
@@ -286,7 +288,7 @@ class Painter:
 
     def decode(self, x0: Tensor, *, fill: Fill | None = None) -> Tensor:
         """Latents (N, C, h, w) -> pictures (N, 3, H, W) float32 in [0, 1]; with ``fill``, in its masks."""
-        pictures = decode_latents(x0, self.vae)
+        pictures = decode_latents(x0, self.vae if self.decoder is None else self.decoder)
         return pictures if fill is None else fill.paste(pictures)
 
     def encode(self, images: Tensor) -> Tensor:

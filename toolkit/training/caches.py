@@ -1,4 +1,6 @@
-"""The caches of teachers' pictures and of people's: how large they are, and which runs still need them."""
+"""The caches of teachers' pictures, people's, and tiny decoders' pairs: their sizes, and which runs need
+them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from pathlib import Path
 from ..diffusion.errors import BadInput
 from .memory import GIB, size
 
-_NAME = re.compile(r"(teacher|images)-[0-9a-f]{16}")
+_NAME = re.compile(r"(teacher|images|decoder)-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)

@@ -62,15 +62,16 @@ class Scan:
     damaged: int
 
 
-def scan(source: Path) -> Scan:
+def scan(source: Path, *, uncaptioned: str | None = None) -> Scan:
     """Read every picture once, for its hash and its size; what cannot be used is said. BadInput if nothing
-    can be.
+    can be. ``uncaptioned``: the caption of those that have none, which are else left out.
     """
     found: list[Picture] = []
     without: list[str] = []
     damaged = 0
     for entry in entries(source):
-        if not entry.caption:
+        caption = entry.caption or uncaptioned
+        if caption is None:
             without.append(entry.name)
             continue
         try:
@@ -80,7 +81,7 @@ def scan(source: Path) -> Scan:
             log.warning("%s; skipped", error)
             damaged += 1
             continue
-        found.append(Picture(entry.name, hashlib.sha256(data).hexdigest(), entry.caption, size))
+        found.append(Picture(entry.name, hashlib.sha256(data).hexdigest(), caption, size))
     if without:
         log.warning("%d pictures without a caption are left out, %s first", len(without), without[0])
     if not found:

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -295,7 +295,7 @@ def encode_images(images: Tensor, vae: AutoencoderKL) -> Tensor:
 
 
 @torch.no_grad()
-def decode_latents(x0: Tensor, vae: AutoencoderKL) -> Tensor:
+def decode_latents(x0: Tensor, vae: AutoencoderKL | AutoencoderTiny) -> Tensor:
     """Scaled latents (N, C, h, w) -> images (N, 3, H, W) float32 in [0, 1] on the CPU."""
     scale = float(vae.config["scaling_factor"])
     decode: Callable[..., Any] = vae.decode
