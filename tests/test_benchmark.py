@@ -184,6 +184,30 @@ def test_the_command_compares_the_sampler_with_bare_forwards_and_the_teacher_wit
     assert sampling["teacher_over_student"] == {"ddim_50": [25] * 3, "dpmpp_2m_25": [12.5] * 3}
 
 
+def test_the_command_holds_a_picture_s_decoding_against_an_evaluation_and_one_layout_against_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {"evaluation": [2.0], "full": [6.0], "tiny": [0.5], "contiguous": [3.0], "channels_last": [2.0]}
+
+    def raced(works: Any, **_: Any) -> dict[str, list[float]]:
+        for work in works.values():
+            work()
+        return {name: seconds[name] for name in works}
+
+    monkeypatch.setattr(benchmark, "race", raced)
+    file = make_teacher(tmp_path / "tiny.safetensors")
+    benchmark.main(["--ckpt", str(file), "--only", "decoding", "layout", "--device", "cpu", "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    parameters = answer["decoding"].pop("parameters")
+    assert parameters["tiny"] < parameters["full"]
+    assert answer["decoding"] == {
+        "full_over_evaluation": [3, 3, 3],
+        "tiny_over_evaluation": [0.25] * 3,
+        "full_over_tiny": [12, 12, 12],
+    }
+    assert answer["layout"] == {"channels_last_speed_ratio": [1.5] * 3}
+
+
 def test_what_cannot_be_measured_is_said_in_a_sentence(tmp_path: Path) -> None:
     student = make_student(tmp_path / "student.safetensors")
     inpainting = make_teacher(tmp_path / "inpainting.safetensors", in_channels=9)

@@ -32,11 +32,13 @@ from toolkit.training.loop import (
     Interrupted,
     Job,
     LoopSettings,
+    PhaseTrainer,
     Progress,
     Start,
     cut_back,
     keep_verdict,
     lr_factor,
+    make_holder,
     stop_requests,
     train,
     verdict_path,
@@ -117,6 +119,38 @@ def test_the_untrained_student_is_the_teacher_bit_for_bit_at_any_guidance():
         expected = UNetNetwork(plain)(z, t, cond, None)
         for w in (None, torch.tensor([0.0, 3.0, 14.0])):
             assert torch.equal(UNetNetwork(student)(z, t, cond, w), expected)
+
+
+def test_averages_off_the_device_are_the_same_and_visit_it_only_to_be_shown(tmp_path: Path) -> None:
+    kept, shown = [], []
+
+    def trainer(name: str, **changes: object) -> PhaseTrainer:
+        settings = dataclasses.replace(SETTINGS, **changes)  # type: ignore[arg-type]
+        work, _ = job(tmp_path / name, look=lambda name, student, phase: shown.append(weights(made)))
+        made = PhaseTrainer(
+            work, settings, 0, make_holder(work, settings, CPU), torch.GradScaler(enabled=False), CPU, 3
+        )
+        return made
+
+    def weights(of: PhaseTrainer) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in of.trained.items()}
+
+    plain, off = trainer("plain"), trainer("off", averages="cpu")
+    assert all(value.device == CPU for value in off.average.values())
+    assert off.average.keys() == off.trained.keys(), "of what is trained only"
+    off.average = {name: value.double() for name, value in off.average.items()}  # as good as another device
+    for each in (plain, off):
+        for _ in range(2):
+            each.step()
+        before = weights(each)
+        each.look("now")
+        kept.append({name: value.clone() for name, value in each.average.items()})
+        assert equal(weights(each), before)
+    assert all(value.dtype == torch.float64 for value in off.average.values())
+    assert all(value.dtype == torch.float32 for value in shown[1].values())
+    for name, value in kept[0].items():
+        assert torch.equal(shown[0][name], value) and torch.equal(shown[1][name], kept[1][name].float())
+        torch.testing.assert_close(kept[1][name].float(), value, rtol=1e-5, atol=1e-7)
 
 
 def test_a_run_trains_every_phase_and_leaves_a_student_of_each(tmp_path):

@@ -17,7 +17,7 @@ from toolkit.assembly import Teacher
 from toolkit.training import memory
 from toolkit.training.adapters import LoraShape, OneNetwork
 from toolkit.training.checkpoint import Checkpoint, open_checkpoint
-from toolkit.training.memory import GIB, Needs, Route, peak, weights_bytes
+from toolkit.training.memory import GIB, PLACES, Needs, Route, choose_route, peak, weights_bytes
 from toolkit.training.networks import Turns, lazily
 
 
@@ -42,6 +42,40 @@ def test_sd15_at_512_and_768_takes_a_lora_on_12_gb(monkeypatch: pytest.MonkeyPat
     assert route(checkpoint, monkeypatch, 40, **GPU, rank=8).reasons["student"] == "--rank"
     on_cpu = route(checkpoint, monkeypatch, 4.5)
     assert (on_cpu.rank, on_cpu.precision) == (64, "bf16") and "in fp32" in on_cpu.reasons["precision"]
+
+
+class Stated:
+    """Stands in for Needs: 20 GiB for every weight, 10 for a LoRA of rank 64, 4 and 1 of it the average's."""
+
+    def stages(self, *, rank: int | None, precision: str, ema: float, optimizer: str) -> dict[str, int]:
+        average = (4 if rank is None else 1) if ema else 0
+        return {"training": ((16 if rank is None else 9 * rank // 64) + average) * GIB}
+
+
+def test_averages_leave_a_card_that_is_too_small_for_them_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(free: int, places: tuple[str, ...] = PLACES, **asked: Any) -> Route:
+        route: dict[str, Any] = {"student": None, "rank": None, **asked}
+        needs: Any = Stated()
+        return choose_route(
+            needs, free=free * GIB, ranks=[64, 32], precisions=["bf16"], ema=0.9, places=places, **route
+        )
+
+    assert (found(20).student, found(20).averages) == ("full", "device")
+    tight = found(16)
+    assert (tight.student, tight.averages) == ("full", "cpu")
+    assert tight.reasons == {
+        "student": "training every weight takes about 16.0 GiB, and 16.0 GiB are free",
+        "averages": "on the device too it takes about 20.0 GiB, and 16.0 GiB are free",
+    }
+    assert found(16, ("device",)).student == "lora"
+    assert (found(9).rank, found(9).averages) == (64, "cpu"), "rather than a smaller rank"
+    assert found(10).averages == "device"
+    assert found(3, student="full").averages == "cpu"
+    asked: list[Any] = []
+    monkeypatch.setattr(assembly, "choose_route", lambda needs, **options: asked.append(options["places"]))
+    for device, kept in (("cuda", {}), ("cpu", {}), ("cuda", {"averages": "cpu"})):
+        assembly._choose_route({**GPU, **kept}, Teacher(False, weightless("sd15")), device=device, free=1)
+    assert asked == [("device", "cpu"), ("device",), ["cpu"]]
 
 
 def test_sdxl_at_1024_takes_a_smaller_lora_on_12_gb(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ from .evaluation.pictures import grid, save_png
 from .evaluation.report import command_line, write_report
 from .evaluation.showcase import Showcase, showcase
 from .methods import find_methods, options_of
+from .neighbours import keep_to_free
 from .opening import is_demo, open_for_people, say_unused_card
 from .runtime.files import atomic_path
 from .training.adapters import CHECKPOINT_GRADIENTS_ABOVE, LoraShape, OneNetwork, State, recomputing
@@ -52,7 +53,7 @@ from .training.image_samples import MASKS_EACH, ImageSampleRequest, make_image_s
 from .training.loop import Job, LoopSettings, Start, keep_verdict, train
 from .training.lora import LoraFile, merge_loras, parse_lora, read_lora
 from .training.masks import SHARES, Pictures
-from .training.memory import Needs, Route, choose_route, free_memory
+from .training.memory import PLACES, Needs, Route, choose_route, free_memory
 from .training.networks import (
     DTYPES,
     Turns,
@@ -87,6 +88,7 @@ from .training.sizes import CELL, Size, bucket_sizes, usual_sizes
 from .training.so_far import best_so_far
 from .training.student_lora import lora_path, save_lora_student
 from .training.teacher_samples import TeacherSampleRequest, make_teacher_samples, trajectory_steps
+from .training.tuning import MEMORY_FORMATS, tuned
 
 log = logging.getLogger("fewstep")
 
@@ -240,6 +242,7 @@ def settle(
         "precision", chosen.precision, chosen.reasons.get("precision", "the device and the network's size")
     )
     default("student", chosen.student, chosen.reasons["student"])
+    default("averages", chosen.averages, chosen.reasons.get("averages", "the memory allows it"))
     if "rank" in chosen.reasons:
         values["rank"], reasons["rank"] = chosen.rank, chosen.reasons["rank"]
     slow = not small and device.startswith("cpu")
@@ -339,6 +342,7 @@ def _choose_route(
         precisions=[precision, "bf16"] if precision == "fp32" and not asked.get("precision") else [precision],
         ema=usual["ema"],
         optimizer=usual.get("optimizer") or "adamw",
+        places=[kept] if (kept := usual.get("averages")) else PLACES[: 1 if device.startswith("cpu") else 2],
     )
 
 
@@ -364,7 +368,7 @@ def _fitting(asked: Mapping[str, Any], teacher: Teacher, route: Route, *, device
         stages = _needs({**usual, "micro_batch": count}, teacher, device=device).stages(
             rank=route.rank,
             precision=route.precision,
-            ema=usual["ema"],
+            ema=usual["ema"] if route.averages == "device" else 0,
             optimizer=usual.get("optimizer") or "adamw",
         )
         return max(stages.values())
@@ -396,6 +400,10 @@ def _check(settings: Settings, teacher: Teacher) -> None:
         raise BadInput(f"--sampler {settings.sampler}: expected deterministic or stochastic")
     if settings.rank is not None and settings.student == "full":
         raise BadInput(f"--rank {settings.rank} is of a LoRA; leave it out, or add --student lora")
+    if settings.averages not in PLACES:
+        raise BadInput(f"--averages {settings.averages}: expected {' or '.join(PLACES)}")
+    if settings.memory_format not in MEMORY_FORMATS:
+        raise BadInput(f"--memory-format {settings.memory_format}: expected {' or '.join(MEMORY_FORMATS)}")
     if settings.rank is not None and not 1 <= settings.rank <= 1024:
         raise BadInput(f"--rank {settings.rank}: expected 1 to 1024")
     if not 1 <= low <= high < float("inf"):
@@ -483,6 +491,7 @@ def _loop_settings(settings: Settings, checkpoint: Checkpoint, processes: int = 
         caption_dropout=settings.caption_dropout,
         cfg_rescale=settings.cfg_rescale,
         optimizer=settings.optimizer,
+        averages=settings.averages,
     )
 
 
@@ -608,7 +617,10 @@ def plan_run(
         teacher.checkpoint, *settings.size, batch=loop.micro_batch, looks=settings.report_prompts > 0
     )
     memory = needs.stages(
-        rank=settings.rank, precision=settings.precision, ema=settings.ema, optimizer=settings.optimizer
+        rank=settings.rank,
+        precision=settings.precision,
+        ema=settings.ema if settings.averages == "device" else 0,
+        optimizer=settings.optimizer,
     )
     memory["training"] += exchange_bytes(costs.trained, processes)
     return make_plan(
@@ -671,6 +683,8 @@ def _route_text(settings: Settings, checkpoint: Checkpoint, processes: int) -> s
     if processes > 1:
         each = settings.batch_size // processes
         ways.append(f"{processes} processes with {each} of an update's {settings.batch_size} pictures each")
+    if settings.averages == "cpu":
+        ways.append("the averaged weights are kept off the device")
     ways.append("text encoders and VAE are on the device only while they are needed")
     return "route: " + ", ".join(ways)
 
@@ -814,6 +828,7 @@ def run_all(
     run.jsonl. Of several processes (``ranks``) the first reports.
     """
     out, checkpoint = Path(settings.out), teacher.checkpoint
+    keep_to_free(torch.device(settings.device))
     samples = _make_samples(settings, teacher, request, ranks)
     data = request.outcome(samples)
 
@@ -831,7 +846,11 @@ def run_all(
         teacher_prediction=checkpoint.prediction_type,
         schedule=checkpoint.schedule,
         samples=samples,
-        new_unet=lambda: teacher.guests.welcome(_new_unet(settings, phases, checkpoint)()),
+        new_unet=lambda: tuned(
+            teacher.guests.welcome(_new_unet(settings, phases, checkpoint)()),
+            memory_format=settings.memory_format,
+            compiled=settings.compile,
+        ),
         finished=finished,
         look=_looker(settings if ranks.writes else dataclasses.replace(settings, report_prompts=0), teacher),
         out=out,

@@ -24,13 +24,13 @@ from .diffusion.errors import BadInput
 from .diffusion.grid import Grid, trailing_timesteps
 from .diffusion.spec import StudentSpec
 from .evaluation.painter import Painter, cached_texts
-from .evaluation.race import clock_of, peak_memory, race, ratio, spread, timed
+from .evaluation.race import Work, clock_of, peak_memory, race, ratio, spread, timed
 from .opening import choose_device, open_for_people
 from .runtime.samplers import sample_deterministic
 from .training.adapters import CHECKPOINT_GRADIENTS_ABOVE, LoraShape
 from .training.checkpoint import Checkpoint, save_student
 from .training.memory import size as told
-from .training.networks import DTYPES, UNetNetwork, place, random_cond, with_sizes
+from .training.networks import DTYPES, UNetNetwork, decode_latents, place, random_cond, with_sizes
 from .training.reference import LcmReference, NewUnet
 from .training.rehearsal import STEPS, Rehearsal
 from .training.settings import (
@@ -42,6 +42,8 @@ from .training.settings import (
     parse_resolution,
 )
 from .training.shapes import SHAPES, random_checkpoint
+from .training.tiny import new_tiny
+from .training.tuning import MEMORY_FORMATS, tuned
 
 log = logging.getLogger("fewstep")
 
@@ -54,7 +56,7 @@ Random weights are as good as real ones here. The reference is the LCM recipe of
 rebuilt (toolkit/training/reference.py says what of it). Ratios are quotients of the same round; above 1 ours
 is faster, below 1 it takes less memory.
 """
-PARTS = ("training", "sampling", "start")
+PARTS = ("training", "sampling", "decoding", "layout", "start")
 TEACHERS = {"ddim_50": ("ddim", 50), "dpmpp_2m_25": ("dpmpp_2m", 25)}
 GUIDANCE = 7.5
 
@@ -171,6 +173,59 @@ class Bench:
             "student_steps": STEPS,
         }
 
+    def decoding(self) -> dict[str, Any]:
+        """One picture through the VAE's decoder and a tiny one's, over one evaluation of the network."""
+        checkpoint, device, dtype = self.checkpoint, self.device, DTYPES[self.precision]
+        unet = place(checkpoint.unet(dtype=dtype), device).eval().requires_grad_(False)
+        network, config = UNetNetwork(unet), checkpoint.config("vae")
+        vae = place(checkpoint.vae(checkpoint.vae_dtype(dtype)), device).eval()
+        tiny = place(new_tiny(config), device, dtype).eval()
+        cond = random_cond(checkpoint, 1, generator=torch.Generator().manual_seed(0))
+        cond = {name: value.to(device) for name, value in cond.items()}
+        cells = (side // checkpoint.downscale for side in reversed(self.size))
+        x0 = torch.randn(1, checkpoint.latent_channels, *cells).to(device)
+        timestep = torch.tensor([500], device=device)
+        works: dict[str, Work] = {
+            "evaluation": torch.no_grad()(lambda: network(x0, timestep, cond, None)),
+            "full": lambda: decode_latents(x0, vae),
+            "tiny": lambda: decode_latents(x0, tiny),
+        }
+        seconds = race(works, rounds=self.rounds, device=device)
+        return {
+            "full_over_evaluation": ratio(seconds["full"], seconds["evaluation"]),
+            "tiny_over_evaluation": ratio(seconds["tiny"], seconds["evaluation"]),
+            "full_over_tiny": ratio(seconds["full"], seconds["tiny"]),
+            "parameters": {
+                "full": sum(p.numel() for p in vae.decoder.parameters()),
+                "tiny": sum(p.numel() for p in tiny.decoder.parameters()),
+            },
+        }
+
+    def layout(self) -> dict[str, Any]:
+        """A forward and backward pass of the network, laid out in memory as it is and channels last."""
+        checkpoint, device = self.checkpoint, self.device
+        cond = random_cond(checkpoint, self.batch, generator=torch.Generator().manual_seed(0))
+        cond = {name: value.to(device) for name, value in cond.items()}
+        cells = (side // checkpoint.downscale for side in reversed(self.size))
+        x = torch.randn(self.batch, checkpoint.latent_channels, *cells).to(device)
+        timestep = torch.full((self.batch,), 500, device=device)
+
+        def step(memory_format: str) -> Work:
+            unet = place(checkpoint.unet(dtype=DTYPES[self.precision]), device)
+            if self.recompute:
+                unet.train().enable_gradient_checkpointing()
+            network = UNetNetwork(tuned(unet, memory_format=memory_format, compiled=False))
+
+            def work() -> None:
+                network(x, timestep, cond, None).float().square().mean().backward()
+                unet.zero_grad(set_to_none=True)
+
+            return work
+
+        works = {name: step(name) for name in MEMORY_FORMATS}
+        seconds = race(works, rounds=self.rounds, device=device)
+        return {"channels_last_speed_ratio": ratio(seconds["contiguous"], seconds["channels_last"])}
+
     def start(self) -> dict[str, Any]:
         """Wall-clock seconds: of processes that only start, of loading, and of writing a student."""
         bare = [sys.executable, "-c", "import torch"]
@@ -272,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "clock": clock_of(bench.device),
         "rounds": bench.rounds,
     }
-    works = {"training": bench.training, "sampling": bench.sampling, "start": bench.start}
+    works = {name: getattr(bench, name) for name in PARTS}
     for part in PARTS:
         if part in asked.only:
             answer[part] = works[part]()
@@ -302,6 +357,12 @@ def table(part: str, found: Mapping[str, Any]) -> str:
             )
             for name, (sampler, count) in TEACHERS.items()
         ]
+    elif part == "decoding":
+        rows.append(("the VAE's decoder over an evaluation", _ratio(found["full_over_evaluation"])))
+        rows.append(("a tiny decoder over an evaluation", _ratio(found["tiny_over_evaluation"], digits=3)))
+        rows.append(("the VAE's decoder over a tiny one", _ratio(found["full_over_tiny"])))
+    elif part == "layout":
+        rows.append(("speed channels last, over contiguous", _ratio(found["channels_last_speed_ratio"])))
     else:
         rows += [(name, f"{_ratio(values)} s") for name, values in found["seconds"].items()]
         rows += [

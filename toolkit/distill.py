@@ -44,7 +44,7 @@ from .runtime.files import atomic_path
 from .training.board import tensorboard
 from .training.caches import require_room
 from .training.loop import Interrupted, raise_on_stops
-from .training.memory import GIB, free_memory
+from .training.memory import GIB, PLACES, free_memory
 from .training.networks import DTYPES
 from .training.optimizers import OPTIMIZERS
 from .training.plan import Plan, require_disk
@@ -52,6 +52,7 @@ from .training.presets import PRESETS
 from .training.prompts import STYLES
 from .training.ranks import ALONE, Ranks, SaidByTheFirst, gathered, launched, require_shares
 from .training.settings import Settings, read_config, to_toml
+from .training.tuning import MEMORY_FORMATS
 
 log = logging.getLogger("fewstep")
 
@@ -322,6 +323,23 @@ def _parse() -> argparse.Namespace:
     )
     add("--clip", type=float, help="gradient norm at most (default: 1)")
     add("--ema", type=float, help="memory of the averaged weights that are written; 0: no average")
+    add(
+        "--averages",
+        choices=PLACES,
+        help="where the averaged weights are kept (default: on the device, unless its memory is short)",
+    )
+    add(
+        "--memory-format",
+        choices=list(MEMORY_FORMATS),
+        help="of the UNet's weights and pictures (default: contiguous; python -m toolkit.benchmark --only "
+        "layout compares them here)",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="run the UNet through torch.compile; where that fails, without",
+    )
     add(
         "--trajectory-share",
         type=float,

@@ -46,6 +46,7 @@ from .adapters import COND_PROJ, Holder, LoraShape, OneNetwork, State, Trained, 
 from .guests import Guests
 from .networks import DTYPES
 from .optimizers import make_optimizer
+from .pace import Pace
 from .pilot import LEAST, Pilot, distance, painted
 from .ranks import ALONE, Ranks, as_of
 from .samples import GuidanceRange, Order, Samples, derived_seed, draw_batch
@@ -61,7 +62,7 @@ window is on Windows."""
 class LoopSettings:
     """The resolved numbers of a run; ``updates`` one a phase, ``micro_batch`` of each process, ``lora`` None
     to train every weight, ``caption_dropout`` None as each phase wants it, ``state_minutes`` and
-    ``sample_minutes`` wall-clock.
+    ``sample_minutes`` wall-clock, ``averages`` where the averaged weights are kept, "device" or "cpu".
     """
 
     updates: tuple[int, ...]
@@ -77,6 +78,7 @@ class LoopSettings:
     trajectory_share: float
     lora: LoraShape | None = None
     optimizer: str = "adamw"
+    averages: str = "device"
     critic_lr: float = 1e-4
     caption_dropout: float | None = None
     cfg_rescale: float = 0.0
@@ -263,7 +265,8 @@ class PhaseTrainer:
             freeze_fast_features(self.trained[COND_PROJ])
         self.average = {name: value.detach() for name, value in self.trained.items()}
         if settings.ema:
-            self.average = {name: value.clone() for name, value in self.average.items()}
+            home = torch.device("cpu") if settings.averages == "cpu" else device
+            self.average = {name: value.to(home, copy=True) for name, value in self.average.items()}
         self.optimizer = make_optimizer(
             settings.optimizer, self.trained.values(), lr=settings.lr, device=device
         )
@@ -283,14 +286,18 @@ class PhaseTrainer:
     def run(self, bar: tqdm[Any], stop: StopFlag, pilot: Pilot | None = None) -> None:
         """Updates to the end of the phase, saving the state and looking at samples by the clock."""
         last_state = last_look = time.monotonic()
+        pace = Pace()
         while self.update < self.settings.updates[self.index]:
             started = time.monotonic()
             loss, lr = self.step()
+            slow = pace.note(time.monotonic() - started)
             stopping = self.ranks.any(stop.requested)
             if stopping:  # first of all: in a closed window the bar can be drawn no more
                 self.keep()
             bar.update(1)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            if slow:
+                log.warning("%s", slow)
             if self.update % 10 == 0 or self.update == self.settings.updates[self.index]:
                 self.write_line(bar, loss, lr, time.monotonic() - started)
             if stopping:
@@ -489,7 +496,8 @@ class PhaseTrainer:
             return
         decay = min(self.settings.ema, (1 + self.update) / (10 + self.update))
         for name, value in self.trained.items():
-            self.average[name].lerp_(value, 1 - decay)
+            average = self.average[name]
+            average.lerp_(value.to(average), 1 - decay)
 
     @torch.no_grad()
     def look(self, name: str) -> None:
@@ -502,7 +510,8 @@ class PhaseTrainer:
         if not self.settings.ema:
             return
         for name, parameter in self.trained.items():
-            parameter.data, self.average[name] = self.average[name], parameter.data
+            average = self.average[name]
+            self.average[name], parameter.data = parameter.data.to(average), average.to(parameter.data)
 
     def write_line(self, bar: tqdm[Any], loss: float, lr: float, seconds: float) -> None:
         if not self.ranks.writes:
@@ -547,7 +556,7 @@ class PhaseTrainer:
             for name, parameter in self.trained.items():
                 parameter.copy_(saved["student"][name])
         if self.settings.ema:
-            self.average = {name: value.to(self.device) for name, value in saved["average"].items()}
+            self.average = {name: saved["average"][name].to(own) for name, own in self.average.items()}
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.critic is not None:
             self.critic.restore(saved["critic"])

@@ -27,6 +27,8 @@ from .optimizers import MOMENTS
 from .recognise import build
 
 GIB = 1024**3
+PLACES = ("device", "cpu")
+"""Where averaged weights can be kept."""
 SLACK = 1.1
 """What an allocator and the libraries' workspaces take beyond what lives: a guess, no GPU was at hand."""
 
@@ -129,12 +131,15 @@ class Needs:
 
 @dataclass(frozen=True)
 class Route:
-    """How a run's student is trained; ``reasons`` by the name of the setting, where there is one."""
+    """How a run's student is trained; ``reasons`` by the name of the setting, where there is one;
+    ``averages``: of :data:`PLACES`.
+    """
 
     student: str
     rank: int | None
     precision: str
     reasons: Mapping[str, str]
+    averages: str = "device"
 
 
 def choose_route(
@@ -147,33 +152,47 @@ def choose_route(
     precisions: Sequence[str],
     ema: float,
     optimizer: str = "adamw",
+    places: Sequence[str] = PLACES[:1],
 ) -> Route:
     """Every weight where the memory allows it, else the largest LoRA that it allows, else the smallest.
 
-    What was asked for (``student``, ``rank``) is kept; of ``ranks`` and ``precisions`` the first is what is
-    best.
+    What was asked for (``student``, ``rank``) is kept; of ``ranks``, ``precisions`` and ``places`` (of the
+    averages) the first is what is best.
     """
 
-    def takes(rank: int | None, precision: str) -> int:
-        return max(needs.stages(rank=rank, precision=precision, ema=ema, optimizer=optimizer).values())
+    def takes(rank: int | None, precision: str, place: str = places[0]) -> int:
+        kept = ema if place == "device" else 0
+        return max(needs.stages(rank=rank, precision=precision, ema=kept, optimizer=optimizer).values())
 
+    def off(rank: int | None, precision: str, place: str) -> dict[str, str]:
+        if place == places[0]:
+            return {}
+        return {
+            "averages": f"on the device too it takes about {size(takes(rank, precision))}, and {size(free)} "
+            "are free"
+        }
+
+    whole = [(None, precisions[0], place) for place in places]
+    fitting = next((each for each in whole if takes(*each) <= free), None)
     if student == "full":
-        return Route("full", None, precisions[0], {"student": "you"})
+        best = fitting or whole[-1]
+        return Route("full", None, precisions[0], {"student": "you", **off(*best)}, best[2])
     why = "you" if student else "--rank"
     if not student and rank is None:
-        whole = takes(None, precisions[0])
-        why = f"training every weight takes about {size(whole)}, and {size(free)} are free"
-        if whole <= free:
-            return Route("full", None, precisions[0], {"student": why})
-    tried = [(r, p) for r in ((rank,) if rank is not None else ranks) for p in precisions]
+        count = takes(*(fitting or whole[0]))
+        why = f"training every weight takes about {size(count)}, and {size(free)} are free"
+        if fitting:
+            return Route("full", None, precisions[0], {"student": why, **off(*fitting)}, fitting[2])
+    asked = (rank,) if rank is not None else ranks
+    tried = [(r, p, place) for r in asked for p in precisions for place in places]
     chosen = next((each for each in tried if takes(*each) <= free), tried[-1])
-    reasons = {"student": why}
+    reasons = {"student": why, **off(*chosen)}
     if rank is None and chosen[0] != ranks[0]:
         first = size(takes(ranks[0], precisions[-1]))
         reasons["rank"] = f"rank {ranks[0]} takes about {first}, and {size(free)} are free"
     if chosen[1] != precisions[0]:
         reasons["precision"] = f"in {precisions[0]} it takes about {size(takes(chosen[0], precisions[0]))}"
-    return Route("lora", chosen[0], chosen[1], reasons)
+    return Route("lora", chosen[0], chosen[1], reasons, chosen[2])
 
 
 def weights_bytes(

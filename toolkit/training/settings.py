@@ -63,6 +63,9 @@ class Settings:
     clip: float
     ema: float
     optimizer: str
+    averages: str
+    memory_format: str
+    compile: bool
     trajectory_share: float
     caption_dropout: float | None
     seed: int
@@ -112,6 +115,8 @@ EVERYWHERE = Defaults(
         warmup=100,
         clip=1.0,
         optimizer="adamw",
+        memory_format="contiguous",
+        compile=False,
     ),
     "the house",
 )
