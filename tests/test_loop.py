@@ -291,7 +291,7 @@ def test_a_run_stopped_anywhere_and_resumed_gives_the_same_bytes(tmp_path, at, s
             nonlocal stops
             stops += 1
             if stops == 2 * at + 1:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             return loss(**arguments)
 
         return call
@@ -591,7 +591,7 @@ def test_a_closed_terminal_asks_for_a_stop_unless_it_is_to_be_ignored():
         for handler, asks in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
             signal.signal(signal.SIGHUP, handler)
             with stop_requests() as stop:
-                os.kill(os.getpid(), signal.SIGHUP)
+                signal.raise_signal(signal.SIGHUP)
                 assert stop.requested is asks
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -602,7 +602,7 @@ def test_the_state_is_kept_also_where_nothing_can_be_printed_any_more(tmp_path, 
         raise OSError(5, "the terminal is gone")
 
     def asking(**arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         return work.phases[0].loss(**arguments)
 
     work, _ = first_phase(tmp_path)

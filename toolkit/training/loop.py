@@ -547,8 +547,8 @@ class PhaseTrainer:
             for name, parameter in self.trained.items():
                 parameter.copy_(saved["student"][name])
         if self.settings.ema:
-            self.average = {name: value.to(self.device) for name, value in saved["average"].items()}
-        self.optimizer.load_state_dict(saved["optimizer"])
+            self.average = {n: value.to(self.device, copy=True) for n, value in saved["average"].items()}
+        restore_optimizer(self.optimizer, saved["optimizer"])
         if self.critic is not None:
             self.critic.restore(saved["critic"])
         if self.scaler.is_enabled():
@@ -580,7 +580,16 @@ class Critic:
     def restore(self, saved: dict[str, Any]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(saved["weights"][name])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        restore_optimizer(self.optimizer, saved["optimizer"])
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Take up a state, in memory of its own: Windows replaces no file that is mapped, as saved states are."""
+    optimizer.load_state_dict(saved)
+    for moments in optimizer.state.values():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.device.type == "cpu":
+                moments[name] = value.clone()
 
 
 def autocast(network: Network, device: torch.device, dtype: torch.dtype) -> Network:
