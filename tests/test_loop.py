@@ -10,12 +10,14 @@ import json
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
+from windows import keep_what_is_in_use
 
 from toolkit.diffusion.denoiser import Guided, NetworkDenoiser
 from toolkit.diffusion.errors import BadInput
@@ -306,7 +308,10 @@ def test_a_run_stopped_anywhere_and_resumed_gives_the_same_bytes(tmp_path, at, s
 
 @pytest.mark.parametrize("at", [0, 3, 5])
 @EITHER
-def test_a_run_killed_without_warning_goes_on_from_its_last_state(tmp_path, at, settings):
+def test_a_run_killed_without_warning_goes_on_from_its_last_state(tmp_path, at, settings, monkeypatch):
+    """On Windows too, where a state that is mapped into memory could not be replaced."""
+    if sys.platform.startswith("linux"):
+        keep_what_is_in_use(monkeypatch)
     work, whole = job(tmp_path / "whole")
     train(work, settings, device=CPU)
 

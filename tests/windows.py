@@ -1,11 +1,14 @@
-"""Windows' habits on other systems: files that are in use stay, new lines are two characters."""
+"""Windows' habits on other systems."""
 
 import errno
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from toolkit.runtime import files
 
 
 def in_use(path: Path) -> bool:
@@ -17,25 +20,22 @@ def in_use(path: Path) -> bool:
             open_now.append(os.readlink(f"/proc/self/fd/{number}"))
         except OSError:
             continue
-    mapped = [line.split(maxsplit=5)[5].strip() for line in open("/proc/self/maps") if line.count("/")]
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    mapped = [line.split(maxsplit=5)[5].strip() for line in maps if "/" in line]
     return any(name == whole or name.startswith(whole + os.sep) for name in (*open_now, *mapped))
 
 
 def keep_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """os.replace and the removal of a file refuse, as on Windows, where this process itself uses the file."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("tells open files by /proc")
+    """os.replace and os.unlink refuse where this process itself uses the file, at once."""
+    monkeypatch.setattr(files, "WAITS", ())
+    for name in ("replace", "unlink"):
+        monkeypatch.setattr(os, name, _guarded(getattr(os, name)))
 
-    def guarded(name: str) -> None:
-        real = getattr(os, name)
 
-        def call(path, *more, **options):
-            last = more[0] if name == "replace" else path
-            if options.get("dir_fd") is None and os.path.exists(last) and in_use(Path(last)):
-                raise PermissionError(errno.EACCES, "Access is denied", str(last))
-            return real(path, *more, **options)
+def _guarded(real: Callable[..., None]) -> Callable[..., None]:
+    def call(*paths: Any, **options: Any) -> None:
+        if options.get("dir_fd") is None and os.path.exists(paths[-1]) and in_use(Path(paths[-1])):
+            raise PermissionError(errno.EACCES, "Access is denied", str(paths[-1]))
+        real(*paths, **options)
 
-        monkeypatch.setattr(os, name, call)
-
-    for name in ("replace", "unlink", "remove"):
-        guarded(name)
+    return call

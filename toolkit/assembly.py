@@ -933,7 +933,8 @@ def _report(
     so_far: str | None = None,
 ) -> str | None:
     """Write report.html and answer with its verdict; without pictures where each would take too long.
-    ``data``: what was learned from; ``student``: its file; ``so_far``: what this student is, where the run is not over.
+    ``data``: what was learned from; ``student``: its file; ``so_far``: what this student is, where the run is
+    not over.
     """
     out = Path(settings.out)
     shown = Showcase((), (), None)

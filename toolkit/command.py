@@ -31,7 +31,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def speak_any_console() -> None:
-    """What the console's encoding lacks (Windows: cp1252, of a pipe or a file too) is written as an escape."""
+    """What the console's encoding lacks (Windows: cp1252, of a pipe or a file) is written as an escape."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -31,7 +31,7 @@ def require_png(path: Path) -> None:
 
 
 def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:
-    """Write a PNG, with ``texts`` as its text chunks; whole or not at all, beside one that is open elsewhere."""
+    """Write a PNG, with ``texts`` as its text chunks; whole or not at all, beside one that is in use."""
     chunks = PngInfo()
     for name, text in (texts or {}).items():
         chunks.add_itxt(name, text)

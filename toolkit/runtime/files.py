@@ -51,7 +51,7 @@ SAVED_SPEC = f"model.diffusion_model.{SPEC_KEY}"
 """Where a host that writes no foreign metadata keeps a student's spec: among the UNet's weights, as bytes."""
 
 WAITS = (0.1, 0.2, 0.4, 0.8, 1.6)
-"""Seconds between attempts to put a file in its place: virus scanners and previews let go of it in a moment."""
+"""Seconds between attempts to put a file in its place: virus scanners and previews soon let go of it."""
 
 log = logging.getLogger("fewstep")
 
@@ -253,7 +253,7 @@ def _partial(path: Path, size: int) -> Generator[Path, None, None]:
     except OSError as error:
         raise BadInput(f"{path}: {_why_not_written(error, path)}") from error
     finally:
-        if partial.is_dir():
+        if os.path.isdir(partial):  # pathlib's own raises where the name is too long
             shutil.rmtree(partial, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):  # what failed is said already
