@@ -5,6 +5,7 @@ link leads somewhere, and the site is built from it all without anything from el
 import argparse
 import ast
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -77,7 +78,9 @@ def test_every_command_in_the_docs_has_options_that_exist(monkeypatch: pytest.Mo
             getattr(module, "_parse", module.main)()
         except Parsed:
             continue
-        except SystemExit:
+        except SystemExit as end:
+            if end.code == 0:  # --help
+                continue
             wrong.append(f"{page}: {line}")
         else:
             raise AssertionError(f"{name} ran")
@@ -158,3 +161,28 @@ def test_what_a_page_would_load_from_elsewhere_is_found() -> None:
     assert loaded_from_elsewhere('<script async src="https://cdn.example/x.js"></script>')
     assert loaded_from_elsewhere('<link rel="stylesheet" href="//fonts.example/css">')
     assert not loaded_from_elsewhere('<a href="https://example.org">x</a><script src="js/base.js"></script>')
+
+
+def section(name: str, title: str) -> str:
+    """What stands under a heading of the second rank."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+@pytest.mark.slow
+def test_the_demos_commands_run_as_they_are_written(tmp_path: Path) -> None:
+    """Those of the first night and of the README, in their order; the demo itself in small."""
+    short = ["--pictures", "64", "--updates", "8", "--report-prompts", "1"]
+    first = commands(section("docs/first-night.md", "2. See it work, with the demo"))
+    more = [line for line in commands(section("README.md", "Use a student")) if "runs/demo" in line]
+    assert len(first) == 3 and len(more) == 5
+    for line in [*first, *more]:
+        module, arguments = words(line)
+        command = [sys.executable, "-m", module, *arguments, *(short if module == "toolkit.distill" else [])]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False
+        )
+        assert done.returncode == 0, (line, done.stderr[-2000:])
+    assert {"circle.png", "star.png", "baked.safetensors", "student-diffusers"} <= set(os.listdir(tmp_path))
+    assert (tmp_path / "runs" / "demo-progressive-2" / "report.html").is_file()

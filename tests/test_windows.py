@@ -156,3 +156,14 @@ def test_nothing_forks_or_needs_triton_and_importing_a_command_does_not_run_it()
         assert not calls & calls_of(tree), path
         at_import = [node for node in tree.body if isinstance(node, ast.Expr | ast.Assign)]
         assert not any({"run", "main"} & calls_of(node) for node in at_import), path
+
+
+def test_the_public_checks_run_the_readmes_test_command_on_windows_too() -> None:
+    yaml = pytest.importorskip("yaml")
+    text = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    (job,) = yaml.safe_load(text)["jobs"].values()
+    assert job["runs-on"] == "${{ matrix.os }}" and "windows-latest" in job["strategy"]["matrix"]["os"]
+    runs = [step["run"] for step in job["steps"] if "run" in step]
+    assert runs[0] == "python -m toolkit.start test"
+    assert f"    {runs[0]}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert runs[1].startswith("python -m toolkit.start demo")

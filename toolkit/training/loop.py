@@ -23,7 +23,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -185,7 +185,8 @@ def _conclude_phase(trainer: PhaseTrainer, index: int, going_on: dict[str, Any])
     job.finished(job.phases[index], trainer.average)
     trainer.look(job.phases[index].name)
     save_state(state / "latest.pt", {"phase": index + 1, "update": 0, **going_on})
-    (state / f"phase-{index - 1}.pt").unlink(missing_ok=True)
+    with suppress(PermissionError):  # of use to nobody, and open somewhere (Windows)
+        (state / f"phase-{index - 1}.pt").unlink(missing_ok=True)
 
 
 def sizes(saved: dict[str, Any] | None, settings: LoopSettings, ranks: Ranks) -> tuple[int, int]:
