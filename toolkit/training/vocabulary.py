@@ -65,10 +65,13 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def _folders(beside: Path | None, folder: str) -> Iterator[Path]:
-    """Where a tokenizer folder may stand: within or next to the checkpoint, and in the ComfyUI around us."""
+    """Where a tokenizer folder may stand: within or next to the checkpoint, and in the ComfyUI around it or
+    around us."""
     if beside is not None:
         for name in dict.fromkeys((folder, "tokenizer")):
             yield (beside if beside.is_dir() else beside.parent) / name
+        for parent in beside.absolute().parents:
+            yield parent / "comfy" / "sd1_tokenizer"
     for parent in Path(__file__).parents:
         if parent.name == "custom_nodes":
             yield parent.parent / "comfy" / "sd1_tokenizer"
