@@ -453,6 +453,9 @@ def test_the_vocabulary_is_looked_for_beside_the_checkpoint_then_in_the_host_the
         vocabulary, "__file__", str(host / "custom_nodes" / "p" / "toolkit" / "training" / "v.py")
     )
     assert len(opened.tokenizer()) == 514
+    mine = host / "models" / "checkpoints" / "model.safetensors"
+    monkeypatch.setattr(vocabulary, "__file__", str(tmp_path / "elsewhere" / "v.py"))
+    assert str(host) in vocabulary.load_tokenizer(None, beside=mine).name_or_path
     make_tokenizer(tmp_path / "tokenizer")
     assert str(tmp_path / "tokenizer") in opened.tokenizer().name_or_path
 

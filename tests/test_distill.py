@@ -363,7 +363,7 @@ def test_a_stopped_run_is_finished_early_goes_on_and_starts_another(
         nonlocal steps
         steps += 1
         if steps == 5:  # the second of the second phase
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return step(self)
 
     out = tmp_path / "run"

@@ -359,7 +359,7 @@ def test_v_prediction_is_told_by_marker_metadata_yaml_or_the_person(
     asked = Override.parse("prediction_type=v_prediction, ztsnr=true")
     assert open_checkpoint(path, override=asked).prediction_type == "v_prediction"
     assert open_checkpoint(path, override=asked).ztsnr
-    path.with_suffix(".yaml").write_text("model:\n  params:\n    parameterization: v\n", encoding="utf-8")
+    path.with_suffix(".yaml").write_text("model:\n  params:\n    parameterization: v\n", encoding="utf-16")
     assert open_checkpoint(path).prediction_type == "v_prediction"
     assert open_checkpoint(path, override=Override(prediction_type="epsilon")).prediction_type == "epsilon"
 

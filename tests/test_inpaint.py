@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from dataclasses import dataclass, field, replace
@@ -367,7 +366,7 @@ def test_an_inpainting_teacher_is_distilled_and_a_stopped_run_goes_on_exactly(
 
     def stopping(trainer: loop.PhaseTrainer) -> tuple[float, float]:
         if trainer.update == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return step(trainer)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

@@ -85,7 +85,7 @@ def test_a_lost_spec_is_put_back_without_touching_the_weights(
 ) -> None:
     spec = make_spec(prediction_type="v_prediction", timesteps=(999, 499))
     path = merged(student, tmp_path / "merged.safetensors")
-    (tmp_path / "spec.json").write_text("\ufeff" + spec.to_json(), encoding="utf-8")
+    (tmp_path / "spec.json").write_text(spec.to_json(), encoding="utf-16")  # PowerShell's >
     before = load_tensors(path)
     main([str(path), "--attach-spec", str(tmp_path / "spec.json"), "--json"])
     assert json.loads(capsys.readouterr().out)["spec"]["timesteps"] == [999, 499]

@@ -41,7 +41,7 @@ from .evaluation.showcase import Showcase, showcase
 from .methods import find_methods, options_of
 from .neighbours import keep_to_free
 from .opening import is_demo, open_for_people, say_unused_card
-from .runtime.files import atomic_path
+from .runtime.files import atomic_path, free_path
 from .training.adapters import CHECKPOINT_GRADIENTS_ABOVE, LoraShape, OneNetwork, State, recomputing
 from .training.checkpoint import Checkpoint, save_student
 from .training.data import scan
@@ -831,13 +831,14 @@ def run_all(
     keep_to_free(torch.device(settings.device))
     samples = _make_samples(settings, teacher, request, ranks)
     data = request.outcome(samples)
+    written = [out / "student.safetensors"]
 
     def finished(phase: Phase, state: dict[str, Tensor]) -> None:
         path = out / "students" / f"{len(phase.grid)}.safetensors"
-        _write_student(path, settings, checkpoint, phase, state)
+        path = _write_student(path, settings, checkpoint, phase, state)
         if phase is phases[-1]:
-            student = out / "student.safetensors"
-            _copy(path, student)
+            student = _copy(path, written[-1])
+            written.append(student)
             if settings.student == "lora":
                 _copy(lora_path(path), lora_path(student))
 
@@ -863,22 +864,21 @@ def run_all(
     train(job, loop, device=torch.device(settings.device), ranks=ranks)
     if not ranks.writes:
         return {}
-    verdict = _report(settings, phases, teacher, data)
+    student = written[-1]
+    verdict = _report(settings, phases, teacher, data, student)
     keep_verdict(out, verdict or "finished")
-    student = out / "student.safetensors"
     log.info("data: %s\nstudent: %s\nreport: %s\n%s", data, student, out / "report.html", verdict or "")
     return {"out": str(out), "student": str(student), "verdict": verdict, "data": data}
 
 
 def _write_student(
     path: Path, settings: Settings, checkpoint: Checkpoint, phase: Phase, state: State
-) -> None:
-    """The student of a phase with these weights; in LoRA mode its LoRA beside it."""
+) -> Path:
+    """The student of a phase with these weights; in LoRA mode its LoRA beside it. Answers where it is."""
     spec, dtype = _spec(settings, checkpoint, phase), DTYPES[settings.dtype]
     if settings.student == "lora":
-        save_lora_student(path, state, spec=spec, source=checkpoint, dtype=dtype)
-    else:
-        save_student(path, unet_state=state, spec=spec, source=checkpoint, dtype=dtype)
+        return save_lora_student(path, state, spec=spec, source=checkpoint, dtype=dtype)
+    return save_student(path, unet_state=state, spec=spec, source=checkpoint, dtype=dtype)
 
 
 def finish(
@@ -892,10 +892,10 @@ def finish(
         settings.updates,
         earlier=teacher.earlier is not None,
     )
-    phase, student = phases[found.index], out / "student.safetensors"
-    _write_student(student, settings, teacher.checkpoint, phase, found.state)
+    phase = phases[found.index]
+    student = _write_student(out / "student.safetensors", settings, teacher.checkpoint, phase, found.state)
     here = dataclasses.replace(settings, steps=len(phase.grid))
-    verdict = _report(here, [phase], teacher, request.summary(), so_far=found.says)
+    verdict = _report(here, [phase], teacher, request.summary(), student, so_far=found.says)
     log.info("student: %s\nit is %s\nreport: %s\n%s", student, found.says, out / "report.html", verdict or "")
     return {"out": str(out), "student": str(student), "verdict": verdict, "is": found.says}
 
@@ -943,16 +943,27 @@ def _prompts(settings: Settings, teacher: Teacher, count: int, *, seed: int) -> 
 
 
 def _report(
-    settings: Settings, phases: Sequence[Phase], teacher: Teacher, data: str, *, so_far: str | None = None
+    settings: Settings,
+    phases: Sequence[Phase],
+    teacher: Teacher,
+    data: str,
+    student: Path,
+    *,
+    so_far: str | None = None,
 ) -> str | None:
     """Write report.html and answer with its verdict; without pictures where each would take too long.
-    ``data``: what was learned from; ``so_far``: what this student is, where the run is not over.
+    ``data``: what was learned from; ``student``: its file; ``so_far``: what this student is, where the run is
+    not over.
     """
     out = Path(settings.out)
     shown = Showcase((), (), None)
     if settings.report_prompts:
         encoder = phases[-1].grid.ascending
-        shown = _encoder_showcase(settings, teacher) if encoder else _showcase(settings, phases, teacher)
+        shown = (
+            _encoder_showcase(settings, teacher, student)
+            if encoder
+            else _showcase(settings, phases, teacher, student)
+        )
     curves = [json.loads(line) for line in (out / "run.jsonl").read_text(encoding="utf-8").splitlines()]
     low, high = settings.guidance
     plural = "s" if settings.steps > 1 else ""
@@ -972,7 +983,7 @@ def _report(
         "seed": str(settings.seed),
         **_use(teacher.checkpoint),
         **{f"LoRA {lora.name}": f"merged at strength {lora.strength:g}" for lora in teacher.checkpoint.loras},
-        **_answers(settings, teacher),
+        **_answers(settings, teacher, student),
         "computed in": f"{settings.precision} on {settings.device}",
     }
     write_report(
@@ -1009,8 +1020,8 @@ def _embedding_lines(checkpoint: Checkpoint) -> list[str]:
     return [f"{name}, {count} vector{'s' if count > 1 else ''}" for name, count in counts]
 
 
-def _answers(settings: Settings, teacher: Teacher) -> dict[str, str]:
-    """How the student answers to each LoRA that it was trained beside, in the report's words."""
+def _answers(settings: Settings, teacher: Teacher, file: Path) -> dict[str, str]:
+    """How the student in this file answers to each LoRA that it was trained beside, in the report's words."""
     if not (settings.report_prompts and teacher.guests.all):
         return {}
     dtype = DTYPES[settings.precision]
@@ -1022,7 +1033,7 @@ def _answers(settings: Settings, teacher: Teacher) -> dict[str, str]:
         seeds = range(seed, seed + len(prompts))
         return painter.latents(prompts, seeds=seeds, guidance=settings.guidance_default).x0
 
-    student = open_for_people(Path(settings.out) / "student.safetensors", tokenizer=_path(settings.tokenizer))
+    student = open_for_people(file, tokenizer=_path(settings.tokenizer))
     student = dataclasses.replace(student, embeddings=teacher.checkpoint.embeddings)
     said: dict[str, str] = {}
     for guest in teacher.guests.all:
@@ -1036,7 +1047,7 @@ def _answers(settings: Settings, teacher: Teacher) -> dict[str, str]:
     return said
 
 
-def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> Showcase:
+def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher, student: Path) -> Showcase:
     """Teacher and students side by side; the demo's are measured by its judge too."""
     counts = {len(phase.grid) for phase in phases}
     if teacher.checkpoint.unet_parameters >= SMALL_PARAMETERS:
@@ -1054,7 +1065,7 @@ def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> 
     return showcase(
         Painter.open(teacher.checkpoint, device=settings.device, dtype=dtype, turns=turns),
         {
-            count: painter(out / f"{'student' if count == last else f'students/{count}'}.safetensors")
+            count: painter(student if count == last else out / "students" / f"{count}.safetensors")
             for count in counts
         },
         prompts=_prompts(settings, teacher, settings.report_prompts, seed=seed),
@@ -1067,13 +1078,11 @@ def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher) -> 
     )
 
 
-def _encoder_showcase(settings: Settings, teacher: Teacher) -> Showcase:
+def _encoder_showcase(settings: Settings, teacher: Teacher, student: Path) -> Showcase:
     """Round trips and edits: of drawings in the demo, elsewhere of the teacher's own pictures."""
     dtype = DTYPES[settings.precision]
-    opened = open_for_people(
-        Path(settings.out) / "student.safetensors",
-        tokenizer=_path(settings.tokenizer) or _words_beside(settings),
-    )
+    words = _path(settings.tokenizer) or _words_beside(settings)
+    opened = open_for_people(student, tokenizer=words)
     opened = dataclasses.replace(opened, embeddings=teacher.checkpoint.embeddings)
     encoder, decoder = (
         Painter.open(checkpoint, device=settings.device, dtype=dtype)
@@ -1106,9 +1115,10 @@ def _yardstick(seed: int) -> Yardstick:
         return Yardstick(judge, judge.features(pictures))
 
 
-def _copy(source: Path, target: Path) -> None:
-    with atomic_path(target) as temporary:
-        shutil.copyfile(source, temporary)
+def _copy(source: Path, target: Path) -> Path:
+    with free_path(target) as place:
+        shutil.copyfile(source, place.partial)
+    return place.path
 
 
 def _path(text: str | None) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -17,6 +18,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's main and exit: 0 done, 2 bad input (one sentence on stderr), 130 interrupted,
     resumable.
     """
+    speak_any_console()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         sys.exit(main() or DONE)
@@ -26,6 +28,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def speak_any_console() -> None:
+    """What the console's encoding lacks (Windows: cp1252, of a pipe or a file) is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_json(value: Any) -> None:

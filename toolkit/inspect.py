@@ -29,6 +29,7 @@ from .training.families import FAMILIES, NAMES, REFUSED, SD1, UNET_PREFIX, Overr
 from .training.layout import COND_PROJ
 from .training.lora import describe_lora
 from .training.networks import DTYPES
+from .training.prompts import read_text
 from .training.recognise import INPUTS, Problems, Recognised, problems, recognise
 from .training.weights import Weights, read_folder, read_weights
 
@@ -103,7 +104,7 @@ def describe(path: Path, override: Override | None = None) -> dict[str, Any]:
 def attach_spec(path: Path, spec_path: Path) -> None:
     """Write a spec into a safetensors student whose metadata a merger dropped; the weights stay as they
     are."""
-    spec = StudentSpec.from_json(_text(spec_path))
+    spec = StudentSpec.from_json(read_text(spec_path))
     if path.is_dir():
         raise BadInput(f"{path}: this is a folder; attach the spec to the file that it was made from")
     found = recognise(read_weights(path).tensors)
@@ -147,13 +148,6 @@ def _marks_of_file(found: Recognised) -> dict[str, str]:
 
 def _dial_text(width: int | None) -> str:
     return "a student without guidance dial" if width is None else f"a student with a dial of {width} numbers"
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: the spec cannot be read ({error})") from None
 
 
 def _kind(found: Recognised, spec: StudentSpec | None) -> str:

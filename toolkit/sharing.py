@@ -247,6 +247,10 @@ def share(
         form: _export(student, folder / card.name(form), form, card, card.metadata(form, picture))
         for form in chosen
     }
+    if moved := [one.files[0] for form, one in exported.items() if one.files[0].name != card.name(form)]:
+        for path in moved:
+            path.unlink()
+        raise BadInput(f"{folder}: a file in it is open in another program; close it, or name another folder")
     hashes: dict[Form, str] = {form: sha256_of(one.files[0]) for form, one in exported.items()}
     first = chosen[0]
     files = [file for one in exported.values() for file in one.files]

@@ -10,7 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..diffusion.errors import BadInput
-from ..runtime.files import atomic_path
+from ..runtime.files import free_path
 
 _PAPER, _INK, _FAINT = (255, 255, 255), (28, 30, 34), (110, 114, 122)
 _TEXT, _GAP, _MARGIN = 13, 4, 10
@@ -31,12 +31,12 @@ def require_png(path: Path) -> None:
 
 
 def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:
-    """Write a PNG, with ``texts`` as its text chunks; whole or not at all."""
+    """Write a PNG, with ``texts`` as its text chunks; whole or not at all, beside one that is in use."""
     chunks = PngInfo()
     for name, text in (texts or {}).items():
         chunks.add_itxt(name, text)
-    with atomic_path(path) as partial:
-        image.save(partial, format="PNG", pnginfo=chunks)
+    with free_path(path) as place:
+        image.save(place.partial, format="PNG", pnginfo=chunks)
 
 
 def grid(

@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..runtime.files import atomic_path
+from ..runtime.files import free_path
 from ..runtime.privacy import file_name, without_paths
 from .evaluate import Row
 
@@ -108,8 +108,8 @@ def write_report(
         + "\n".join(parts)
         + "\n</main>\n</body>\n</html>\n"
     )
-    with atomic_path(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+    with free_path(path) as place:
+        place.partial.write_text(page, encoding="utf-8")
 
 
 def command_line(module: str, arguments: Sequence[str]) -> str:

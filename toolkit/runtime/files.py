@@ -11,11 +11,14 @@ import contextlib
 import datetime
 import errno
 import hashlib
+import itertools
 import json
+import logging
 import os
 import secrets
 import shutil
 import struct
+import time
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +50,16 @@ DTYPES: dict[str, torch.dtype] = {
 SAVED_SPEC = f"model.diffusion_model.{SPEC_KEY}"
 """Where a host that writes no foreign metadata keeps a student's spec: among the UNet's weights, as bytes."""
 
+WAITS = (0.1, 0.2, 0.4, 0.8, 1.6)
+"""Seconds between attempts to put a file in its place: virus scanners and previews soon let go of it."""
+
+log = logging.getLogger("fewstep")
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000
 _READ = 16 * 2**20
+_WINDOWS_PATH = 220
+"""Characters, of the 260 that Windows takes unless told otherwise, before the temporary name counts."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +141,9 @@ def load_tensors(path: Path, *, prefix: str = "", keys: Iterable[str] | None = N
         raise BadInput(f"{path}: the tensors cannot be read ({error})") from None
 
 
-def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Write a safetensors file, atomically and reproducibly; BadInput if the disk or the folder refuses.
+def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> Path:
+    """Write a safetensors file, atomically and reproducibly, and answer where it is (:func:`free_path`);
+    BadInput if the disk or the folder refuses.
 
     Tensors stand by descending element size, then by name, so that each is aligned; metadata by name.
     """
@@ -148,13 +159,14 @@ def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pat
             "data_offsets": [start, end],
         }
     header = _header_bytes(entries)
-    with atomic_path(path, size=end + len(header)) as partial, open(partial, "xb") as file:
+    with free_path(path, size=end + len(header)) as place, open(place.partial, "xb") as file:
         file.write(header)
         for name in names:
             if tensors[name].numel():
                 file.write(tensor_bytes(tensors[name]))
         file.flush()
         os.fsync(file.fileno())
+    return place.path
 
 
 def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -187,29 +199,89 @@ def write_metadata(path: Path, metadata: Mapping[str, str], *, markers: Iterable
             os.fsync(file.fileno())
 
 
+@dataclass
+class Place:
+    """``partial``: what to write; ``path``: where it is when the block of :func:`free_path` has ended."""
+
+    partial: Path
+    path: Path
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path, *, size: int = 0) -> Generator[Path, None, None]:
     """A name beside ``path`` to write a file or a folder under; it becomes ``path`` when the block ends well.
 
-    If the block fails nothing is left behind. A full disk (``size`` bytes are needed) and a folder that
-    cannot be written are BadInput. An existing ``path`` is replaced.
+    If the block fails nothing is left behind. A full disk (``size`` bytes are needed), a folder that cannot
+    be written and a ``path`` that another program keeps open are BadInput. An existing ``path`` is replaced.
     """
+    with _partial(path, size) as partial:
+        yield partial
+        _replace(partial, path)
+
+
+@contextlib.contextmanager
+def free_path(path: Path, *, size: int = 0) -> Generator[Place, None, None]:
+    """As :func:`atomic_path`, for what people wait for: where Windows refuses to replace ``path``, because a
+    program has it open (ComfyUI a loaded student), the file gets a new name beside it, and that is said.
+    """
+    with _partial(path, size) as partial:
+        place = Place(partial, path)
+        yield place
+        try:
+            _replace(partial, path)
+        except PermissionError:
+            if not path.exists():
+                raise
+            place.path = _unused(path)
+            os.replace(partial, place.path)
+            log.warning(
+                "%s: another program has this file open (ComfyUI, say), so it was left as it is and the new "
+                "one is %s beside it",
+                path,
+                place.path.name,
+            )
+
+
+@contextlib.contextmanager
+def _partial(path: Path, size: int) -> Generator[Path, None, None]:
     partial = path.with_name(f".fewstep-{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(path.parent).free) < size:
             raise OSError(errno.ENOSPC, f"{size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
         yield partial
-        if partial.is_dir() and path.is_dir():
-            shutil.rmtree(path)
-        os.replace(partial, path)
     except OSError as error:
-        raise BadInput(f"{path}: {_why_not_written(error)}") from error
+        raise BadInput(f"{path}: {_why_not_written(error, path)}") from error
     finally:
-        if partial.is_dir():
+        if os.path.isdir(partial):  # pathlib's own raises where the name is too long
             shutil.rmtree(partial, ignore_errors=True)
-        elif partial.exists():
-            partial.unlink()
+        else:
+            with contextlib.suppress(OSError):  # what failed is said already
+                partial.unlink()
+
+
+def _replace(partial: Path, path: Path) -> None:
+    """Move ``partial`` to ``path``, several times if need be (WAITS)."""
+    for wait in (*WAITS, None):
+        try:
+            if partial.is_dir() and path.is_dir():
+                old = partial.with_suffix(".old")  # whole, or not at all if a file in it is open
+                os.replace(path, old)
+                os.replace(partial, path)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.replace(partial, path)
+            return
+        except PermissionError:
+            if wait is None:
+                raise
+            time.sleep(wait)
+
+
+def _unused(path: Path) -> Path:
+    """The first of name-2, name-3, ... that is not there."""
+    numbers = itertools.count(2)
+    return next(p for n in numbers if not (p := path.with_stem(f"{path.stem}-{n}")).exists())
 
 
 def sha256_of(path: Path) -> str:
@@ -303,7 +375,12 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _why_not_written(error: OSError) -> str:
+def _why_not_written(error: OSError, path: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"cannot be written: the disk is full ({error.strerror}); free some space or write elsewhere"
+    length = len(os.path.abspath(path))
+    if error.errno == errno.ENAMETOOLONG or (error.errno == errno.ENOENT and length > _WINDOWS_PATH):
+        return f"cannot be written: its path has {length} characters, too many; choose a folder higher up"
+    if isinstance(error, PermissionError) and path.exists():
+        return f"cannot be replaced ({error.strerror}); close the program that has it open, and try again"
     return f"cannot be written ({error.strerror or error}); choose a folder that can be"

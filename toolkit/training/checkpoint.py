@@ -43,6 +43,7 @@ from .families import (
 )
 from .layout import COND_PROJ, PROJECTION, text_from_ldm, unet_from_ldm, unet_to_ldm, vae_from_ldm
 from .prompting import Embedding
+from .prompts import encoding_of
 from .recognise import (
     INPUTS,
     Recognised,
@@ -319,14 +320,15 @@ def save_student(
     spec: StudentSpec,
     source: Checkpoint,
     dtype: torch.dtype | None = None,
-) -> None:
-    """Write a student as one single file: its UNet and what its source carries; atomic, reproducible.
+) -> Path:
+    """Write a student as one single file: its UNet and what its source carries; atomic, reproducible. Answers
+    where it is (:func:`..runtime.files.free_path`).
 
     ``unet_state``: diffusers' keys, with ``time_embedding.cond_proj.weight`` if the student has a dial.
     ``dtype`` is the UNet's in the file (default: as it comes); the rest is taken over unchanged.
     """
     tensors = unet_to_ldm({key: value.detach().to(dtype or value.dtype) for key, value in unet_state.items()})
-    write_checkpoint(path, tensors=tensors | source.carried(), spec=spec, resolution=source.resolution)
+    return write_checkpoint(path, tensors=tensors | source.carried(), spec=spec, resolution=source.resolution)
 
 
 def write_checkpoint(
@@ -336,12 +338,12 @@ def write_checkpoint(
     spec: StudentSpec,
     resolution: tuple[int, int],
     more: Mapping[str, str] | None = None,
-) -> None:
+) -> Path:
     """Write a student's tensors, under single-file keys, with the markers and metadata of its spec, and
     ``more``."""
     plain = {key: value for key, value in tensors.items() if key not in (V_PRED, ZTSNR)}
     marked = plain | {key: torch.zeros(0) for key in markers_of(spec)}
-    save_tensors(marked, student_metadata(spec, resolution) | described(marked, more), path)
+    return save_tensors(marked, student_metadata(spec, resolution) | described(marked, more), path)
 
 
 def described(tensors: Mapping[str, Tensor], more: Mapping[str, str] | None) -> dict[str, str]:
@@ -385,7 +387,7 @@ def prediction_type_of(weights: Weights, spec: StudentSpec | None, found: Recogn
         return "v_prediction"
     yaml = weights.path.with_suffix(".yaml")
     if yaml.is_file():
-        return _said_by_yaml(yaml.read_text("utf-8-sig", errors="replace"))
+        return _said_by_yaml((data := yaml.read_bytes()).decode(encoding_of(data), errors="replace"))
     if scheduler or modelspec_says or found.family != "sd2" or _TELLING not in found.tensors:
         return said
     guess = seen_by_comfyui(found.tensors, "sd2")

@@ -30,7 +30,7 @@ from ..diffusion.denoiser import Cond
 from ..diffusion.errors import BadInput
 from ..diffusion.guidance import bias_shift, w_embedding
 from ..diffusion.spec import StudentSpec
-from ..runtime.files import atomic_path, load_tensors, read_spec, save_tensors
+from ..runtime.files import atomic_path, free_path, load_tensors, read_spec, save_tensors
 from ..runtime.sentences import clip_skip_differs
 from .checkpoint import (
     Checkpoint,
@@ -91,12 +91,13 @@ def export_checkpoint(
     _check_output(student, path, suffix=".safetensors")
     answers, probe = _answers(student)
     tensors = _cast(_used(student), dtype)
-    with atomic_path(path, size=_bytes(tensors)) as partial:
+    with free_path(path, size=_bytes(tensors)) as place:
+        partial = place.partial
         write_checkpoint(partial, tensors=tensors, spec=spec, resolution=student.resolution, more=more)
         found = open_checkpoint(partial)
         difference = _compare(_answer(_mapped(found), probe), answers, dtype=_dtype(tensors), path=path)
         _same_tensors(found.tensors, tensors, path)
-    return Exported((path,), difference, _sampling_notes(spec))
+    return Exported((place.path,), difference, _sampling_notes(spec))
 
 
 def export_baked(
@@ -119,19 +120,20 @@ def export_baked(
     )
     tensors[B1] = bias.to(dtype or kept[B1].dtype)
     baked = dataclasses.replace(spec, baked_guidance=guidance, guidance_default=guidance)
-    with atomic_path(path, size=_bytes(tensors)) as partial:
+    with free_path(path, size=_bytes(tensors)) as place:
+        partial = place.partial
         write_checkpoint(partial, tensors=tensors, spec=baked, resolution=student.resolution, more=more)
         found = open_checkpoint(partial)
         difference = _compare(_answer(_mapped(found), probe), answers, dtype=_dtype(tensors), path=path)
         _same_tensors(found.tensors, tensors, path)
-        yaml = _write_sidecar(student, path)
+    yaml = _write_sidecar(student, place.path)
     notes = (f"guidance {guidance:g} is folded in: use cfg 1 in hosts", *_sampling_notes(spec))
     if student.prediction_type == "v_prediction":
         notes = (*notes, _comfyui_note(student))
     if yaml is None:
-        return Exported((path,), difference, notes)
+        return Exported((place.path,), difference, notes)
     notes = (*notes, f"A1111 and Forge read {yaml.name}, which must stand beside the checkpoint")
-    return Exported((path, yaml), difference, notes)
+    return Exported((place.path, yaml), difference, notes)
 
 
 def export_lora(
@@ -173,7 +175,8 @@ def export_lora(
             what += f", with what was merged into the teacher: {merged}"
     tensors = _cast(tensors, dtype)
     lora = dataclasses.replace(spec, container="lora", baked_guidance=guidance, guidance_default=guidance)
-    with atomic_path(path, size=_bytes(tensors)) as partial:
+    with free_path(path, size=_bytes(tensors)) as place:
+        partial = place.partial
         metadata = student_metadata(lora, student.resolution) | described(tensors, more)
         save_tensors(tensors, metadata, partial)
         written = load_tensors(partial)
@@ -184,7 +187,7 @@ def export_lora(
         rounding = max((dtype or torch.float32, student.tensors[W1].dtype), key=lambda d: TOLERANCE[d])
         difference = _compare(_answer(_mapped(patched), probe), answers, dtype=rounding, path=path)
     notes = (what, f"guidance {guidance:g} is in it: use cfg 1 in hosts", *_prediction_notes(student))
-    return Exported((path,), difference, (*notes, *_sampling_notes(spec)))
+    return Exported((place.path,), difference, (*notes, *_sampling_notes(spec)))
 
 
 def _lora_beside(student: Checkpoint, spec: StudentSpec) -> tuple[dict[str, Tensor], float]:
@@ -213,7 +216,8 @@ def export_diffusers(student: Checkpoint, path: Path, *, dtype: torch.dtype | No
     _check_output(student, path, suffix="")
     answers, probe = _answers(student)
     tensors = _without_fp8(_cast(_used(student), dtype))
-    with atomic_path(path, size=_bytes(tensors)) as partial:
+    with free_path(path, size=_bytes(tensors)) as place:
+        partial = place.partial
         with _quiet():
             _write_folder(student, tensors, partial)
             found = pipeline_class(student.of, inpaint=student.inpaint).from_pretrained(
@@ -225,7 +229,7 @@ def export_diffusers(student: Checkpoint, path: Path, *, dtype: torch.dtype | No
         _same_tensors(open_checkpoint(partial).tensors, kept, path)
         notes = _pipeline_notes(spec, found.scheduler, type(found).__name__)
         del found
-    return Exported((path,), difference, notes)
+    return Exported((place.path,), difference, notes)
 
 
 def pipeline_scheduler(spec: StudentSpec) -> DPMSolverMultistepScheduler:
@@ -334,7 +338,7 @@ def _write_sidecar(student: Checkpoint, path: Path) -> Path | None:
     yaml = sidecar_path(path)
     if student.prediction_type == "v_prediction" and not student.of.sizes:
         with atomic_path(yaml) as partial:
-            partial.write_text(sidecar(student), encoding="utf-8")
+            partial.write_text(sidecar(student), encoding="utf-8", newline="\n")
         return yaml
     if is_ours(yaml):
         yaml.unlink()

@@ -23,7 +23,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -187,7 +187,8 @@ def _conclude_phase(trainer: PhaseTrainer, index: int, going_on: dict[str, Any])
     job.finished(job.phases[index], trainer.average)
     trainer.look(job.phases[index].name)
     save_state(state / "latest.pt", {"phase": index + 1, "update": 0, **going_on})
-    (state / f"phase-{index - 1}.pt").unlink(missing_ok=True)
+    with suppress(PermissionError):  # of use to nobody, and open somewhere (Windows)
+        (state / f"phase-{index - 1}.pt").unlink(missing_ok=True)
 
 
 def sizes(saved: dict[str, Any] | None, settings: LoopSettings, ranks: Ranks) -> tuple[int, int]:
@@ -556,8 +557,9 @@ class PhaseTrainer:
             for name, parameter in self.trained.items():
                 parameter.copy_(saved["student"][name])
         if self.settings.ema:
-            self.average = {name: saved["average"][name].to(own) for name, own in self.average.items()}
-        self.optimizer.load_state_dict(saved["optimizer"])
+            kept = saved["average"]
+            self.average = {name: kept[name].to(own, copy=True) for name, own in self.average.items()}
+        restore_optimizer(self.optimizer, saved["optimizer"])
         if self.critic is not None:
             self.critic.restore(saved["critic"])
         if self.scaler.is_enabled():
@@ -589,7 +591,16 @@ class Critic:
     def restore(self, saved: dict[str, Any]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(saved["weights"][name])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        restore_optimizer(self.optimizer, saved["optimizer"])
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Take up a state, in memory of its own: Windows replaces no file that is mapped, as saved states are."""
+    optimizer.load_state_dict(saved)
+    for moments in optimizer.state.values():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.device.type == "cpu":
+                moments[name] = value.clone()
 
 
 def autocast(network: Network, device: torch.device, dtype: torch.dtype) -> Network:

@@ -196,10 +196,14 @@ def read_text(path: Path) -> str:
     return decode_text(data, str(path))
 
 
+def encoding_of(data: bytes) -> str:
+    """UTF-16 with a byte order mark, as PowerShell writes; else UTF-8, with or without one."""
+    return "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
 def decode_text(data: bytes, name: str) -> str:
     """Of a file's content; an error calls it ``name``."""
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        return data.decode(encoding)
+        return data.decode(encoding_of(data))
     except UnicodeDecodeError:
         raise BadInput(f"{name}: not text in UTF-8 or UTF-16; save it as UTF-8") from None

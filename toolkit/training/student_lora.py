@@ -37,22 +37,23 @@ def lora_path(student: Path) -> Path:
 
 def save_lora_student(
     path: Path, trained: State, *, spec: StudentSpec, source: Checkpoint, dtype: torch.dtype
-) -> None:
-    """Write the merged student, and beside it its LoRA, which is loaded back and compared with it.
+) -> Path:
+    """Write the merged student, and beside it its LoRA, which is loaded back and compared with it. Answers
+    where the student is.
 
     ``trained``: what :class:`.adapters.OneNetwork` trains; ``source``: the teacher that it was trained on.
     """
     base = unet_of(source)
-    save_student(path, unet_state=dict(_merged(base, trained, dtype)), spec=spec, source=source)
-    file = lora_path(path)
+    path = save_student(path, unet_state=dict(_merged(base, trained, dtype)), spec=spec, source=source)
     baked = spec.guidance_default if spec.w_embedding is not None else None
     lora = dataclasses.replace(spec, container="lora", baked_guidance=baked)
-    save_tensors(
+    file = save_tensors(
         lora_tensors(trained, base=base, spec=spec, dtype=dtype),
         student_metadata(lora, source.resolution),
-        file,
+        lora_path(path),
     )
     compare_with_merged(file, load_tensors(path), base=base, spec=spec)
+    return path
 
 
 def unet_of(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -65,10 +65,13 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def _folders(beside: Path | None, folder: str) -> Iterator[Path]:
-    """Where a tokenizer folder may stand: within or next to the checkpoint, and in the ComfyUI around us."""
+    """Where a tokenizer folder may stand: within or next to the checkpoint, and in the ComfyUI around it or
+    around us."""
     if beside is not None:
         for name in dict.fromkeys((folder, "tokenizer")):
             yield (beside if beside.is_dir() else beside.parent) / name
+        for parent in beside.absolute().parents:
+            yield parent / "comfy" / "sd1_tokenizer"
     for parent in Path(__file__).parents:
         if parent.name == "custom_nodes":
             yield parent.parent / "comfy" / "sd1_tokenizer"
@@ -151,13 +154,17 @@ def _from_bpe(text: str, length: int) -> CLIPTokenizer:
         folder = Path(name)
         _write_tokenizer(folder, {token: index for index, token in enumerate([*tokens, _START, _END])}, rules)
         settings = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        _write(folder / "tokenizer_config.json", json.dumps(settings))
         return _from_folder(folder, length)
 
 
 def _write_tokenizer(folder: Path, vocabulary: Mapping[str, int], rules: Sequence[str]) -> None:
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *rules, ""]), encoding="utf-8")
+    _write(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
+    _write(folder / "merges.txt", "\n".join(["#version: 0.2", *rules, ""]))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on Windows
 
 
 def byte_symbols() -> list[str]:
