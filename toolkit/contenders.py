@@ -48,7 +48,7 @@ HALVING: Mapping[str, Any] = {"method": "progressive", "origin": "guided"}
 CONSISTENCY: Mapping[str, Any] = {"method": "consistency"}
 LONG: Mapping[str, Any] = {**HALVING, "finest": 16, "pictures": 6144, "trajectory_share": 0.5, "ema": 0.995}
 LONG_UPDATES = (3000, 1200, 2000, 2500, 2500)
-SHARPENED: Mapping[str, Any] = {**SFDDM, "sharpen": 0.25, "lr": 2e-4}
+SHARPENED: Mapping[str, Any] = {**SFDDM, "sharpen": 0.25}
 SHARPENED_UPDATES = (100, 600)
 
 ABLATIONS = "what decides the defaults (one fold, but for what is named)"
@@ -153,7 +153,7 @@ CONTENDERS: tuple[Contender, ...] = (
     ),
     Contender(
         "sharpened",
-        "then `sfddm --sharpen 0.25 --lr 2e-4`",
+        "then `sfddm --sharpen 0.25`",
         SHARPENED,
         steps=(2, 1),
         seeds=3,
@@ -176,7 +176,7 @@ CONTENDERS: tuple[Contender, ...] = (
     ),
     Contender(
         "sharpened-dial",
-        "then `sfddm --sharpen 0.25 --lr 2e-4`",
+        "then `sfddm --sharpen 0.25`",
         SHARPENED,
         steps=(2, 1),
         seeds=3,
