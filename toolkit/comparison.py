@@ -140,7 +140,8 @@ def plot(rows: Sequence[Row], contenders: Sequence[Contender], path: Path) -> No
         for sampler, label in samplers.items()
     }
     for contender in contenders:
-        if contender.group != ABLATIONS:
+        # k of another number of pictures is another scale
+        if contender.group != ABLATIONS and contender.samples is None:
             curves[contender.name] = [row for row in rows if row["contender"] == contender.name]
     for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
         for label, own in curves.items():
