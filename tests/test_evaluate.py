@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from dataclasses import replace
 
@@ -19,13 +20,15 @@ from toolkit.evaluation.metrics import frechet_distance
 from toolkit.evaluation.painter import Painter
 from toolkit.evaluation.pictures import save_png, to_image
 from toolkit.evaluation.showcase import showcase, side_by_side, verdict
+from toolkit.evaluation.standing import standings
 from toolkit.training.checkpoint import open_checkpoint
 
 PROMPTS = tuple(f"prompt {number}" for number in range(8))
 ROW_NAMES = {
     "task", "model", "name", "noise", "sampler", "steps", "evaluations", "guidance", "strength", "samples",
     "adherence", "frechet_real", "frechet_teacher", "frechet_ratio", "kernel_teacher", "precision", "recall",
-    "psnr_teacher", "colour", "contrast", "sharpness", "clip_score", "seconds_per_image",
+    "psnr_teacher", "colour", "contrast", "sharpness", "clip_score", "seconds_per_image", "paired_teacher",
+    "paired_ratio", "prompt_lost", "prompt_ratio", "width", "height",
 }  # fmt: skip
 
 
@@ -88,6 +91,44 @@ def test_every_row_has_every_name_and_the_reference_is_compared_with_nothing(pai
     assert all(row["adherence"] == 0.5 and row["frechet_real"] > 0 for row in rows)
     assert [row["frechet_ratio"] for row in rows if row["noise"] == "other"] == [1.0] * 4
     assert "other noise" in table(rows)
+
+
+def test_a_student_is_beside_what_is_there_for_free_at_no_fewer_evaluations(painters):
+    """Guided, a teacher's step is two evaluations; from a strength on, fewer steps are left."""
+    for guidance, strength, steps in ((1.0, 1.0, {1, 2}), (4.0, 1.0, {1}), (4.0, 0.5, {1})):
+        measured = evaluation(painters, steps=(), guidances=(guidance,))
+        free = [cell for cell in measured.cells(guidance, strength) if cell.sampler == "dpmpp_2m"]
+        assert {cell.steps for cell in free} == steps and all(cell.strength == strength for cell in free)
+    consistency = replace(painters[2].spec, sampler="consistency")
+    measured = evaluation({**painters, 2: replace(painters[2], spec=consistency)}, steps=(7,))
+    student = next(cell for cell in measured.cells(4.0, 1.0) if cell.model == "student" and cell.steps == 7)
+    assert measured.for_free(student).steps == 4
+
+
+def test_other_sizes_second_passes_and_what_a_person_uses_have_rows(painters):
+    measured = evaluation(
+        painters, prompts=PROMPTS[:2], own=("dpmpp_2m", 3), strengths=(0.5,), sizes=((24, 16),),
+        second_passes=(0.5,),
+    )  # fmt: skip
+    rows = list(measured.rows())
+    groups = {(row["task"], row["strength"], row["width"], row["height"]) for row in rows}
+    assert groups == {
+        ("paint", 1.0, 16, 16), ("paint", 0.5, 16, 16), ("paint", 1.0, 16, 24), ("second", 0.5, 32, 32),
+    }  # fmt: skip
+    own = [row for row in rows if row["sampler"] == "dpmpp_2m" and row["steps"] == 3]
+    assert len(own) == len(groups)
+    assert "two, second pass" in table(rows)
+    enlarged, size = measured.images_to_enlarge(1.0)
+    assert size == (32, 32) and enlarged.shape[2] == 32 // measured.teacher.downscale
+    first = measured.teacher.decode(measured.latents(measured.reference(1.0))[0])
+    again = torch.nn.functional.avg_pool2d(measured.teacher.decode(enlarged), 2)
+    encoded = measured.teacher.decode(measured.teacher.encode(first))
+    assert (again - encoded).square().mean() < (again - encoded.roll(1, 0)).square().mean()
+    found = [each for each in standings(rows) if each.student["name"] == "one"]
+    assert [(each.student["task"], each.student["height"]) for each in found] == [
+        ("paint", 16), ("paint", 16), ("paint", 24), ("second", 32),
+    ]  # fmt: skip
+    assert all(each.other["height"] == each.for_free["height"] == each.student["height"] for each in found)
 
 
 def test_a_student_that_equals_its_teacher_gets_its_teachers_figures(painters):
@@ -207,7 +248,9 @@ def test_a_showcase_outside_the_usual_guidances_shows_the_students_own(painters)
         painters["teacher"], {1: painters[1]}, prompts=PROMPTS[:1], guidance=5.0, guidances=(7.0, 8.0),
         strengths=(), reference_steps=2,
     )  # fmt: skip
-    assert len(shown.pictures) == 3 and "PSNR" in (shown.verdict or "")
+    assert len(shown.pictures) == 3
+    assert "as far from the teacher's as one of another seed" in (shown.verdict or "")
+    assert shown.sentences == (shown.verdict,)
 
 
 def row(model: str, sampler: str, steps: int, adherence: float | None, psnr: float | None = None) -> dict:
@@ -256,14 +299,19 @@ def command(folder, out, *more):
     return [
         *("--teacher", str(folder / "teacher.safetensors"), "--student", str(folder / "students")),
         *("--tokenizer", str(folder / "tokenizer"), "--samples", "2", "--reference-steps", "3"),
-        *("--device", "cpu", "-o", str(out), *more),
+        *("--device", "cpu", "--own", "none", "-o", str(out), *more),
     ]
 
 
 def test_the_command_writes_rows_and_pictures(folder, tmp_path, capsys):
-    evaluate.main(command(folder, tmp_path, "--strength", "0.5", "--json"))
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert json.loads((tmp_path / "results.json").read_text())["rows"] == rows
+    more = ("--strength", "0.5", "--size", "32x48", "--own", "ddim:2", "--json")
+    evaluate.main(command(folder, tmp_path, *more))
+    answer = json.loads(capsys.readouterr().out)
+    rows, written = answer["rows"], json.loads((tmp_path / "results.json").read_text())
+    assert written["rows"] == rows and written["verdicts"] == answer["verdicts"]
+    report = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert len(answer["verdicts"]) == 6 and all(each["sentence"] in report for each in answer["verdicts"])
+    assert str(tmp_path) not in report
     assert {row["guidance"] for row in rows} == {3.0}
     assert {(row["name"], row["steps"]) for row in rows if row["model"] == "student"} == {
         ("2.safetensors", 2),
@@ -319,6 +367,10 @@ def test_a_teachers_loras_are_merged_and_one_that_a_student_lacks_is_said(folder
         (("--samples", "0"), "--samples 0"),
         (("--guidance", "0.5"), "--guidance 0.5"),
         (("--strength", "1"), "--strength 1"),
+        (("--second-pass", "0"), "--second-pass 0"),
+        (("--size", "512"), "--size 512: expected width and height"),
+        (("--own", "euler:20"), "--own euler:20: expected one of ddim, dpmpp_2m"),
+        (("--own", "ddim"), "--own ddim: "),
         (("--steps", "0"), "0 steps"),
         (("--seed", "-1"), "--seed -1"),
     ],

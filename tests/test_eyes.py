@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from make_checkpoint import make_teacher, make_tokenizer
@@ -36,8 +38,25 @@ def test_the_teachers_eyes_see_each_picture_by_itself_and_leave_nothing_behind(p
     seen = eyes(IMAGES)
     assert seen.ndim == 2 and len(seen) == 5 and seen.std(0).mean() > 0
     assert torch.allclose(TeacherEyes(painter, batch=5)(IMAGES.flip(0)).flip(0), seen, atol=1e-4)
-    middle = painter.denoiser.network.unet.mid_block
-    assert not middle._forward_hooks
+    assert not any(module._forward_hooks for module in painter.denoiser.network.unet.modules())
+
+
+def test_the_teacher_finds_a_prompt_by_its_errors_with_and_without_it(painter):
+    eyes, prompts = TeacherEyes(painter, batch=2), [f"prompt {number}" for number in range(len(IMAGES))]
+    found = eyes.found(IMAGES, prompts)
+    together = TeacherEyes(painter, batch=5)
+    assert found.shape == (5,) and torch.allclose(together.found(IMAGES, prompts), found, atol=1e-4)
+    x0, said = painter.encode(IMAGES), [[""]]
+
+    def texts(prompts: list[str]) -> dict[str, Tensor]:
+        said[0] = prompts
+        return painter.texts(prompts)
+
+    def knowing(x: Tensor, sigma: Tensor, *, cond: dict[str, Tensor]) -> Tensor:
+        return x0 + (torch.arange(5.0)[:, None, None, None] if said[0] == [""] else 0)
+
+    eyes = TeacherEyes(replace(painter, denoiser=knowing, texts=texts), batch=5)
+    assert torch.allclose(eyes.found(IMAGES, prompts), torch.arange(5.0).square())
 
 
 class Small(torch.nn.Module):

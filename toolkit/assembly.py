@@ -37,7 +37,7 @@ from .evaluation.guests import answers_to
 from .evaluation.painter import Fill, Painter, cached_texts
 from .evaluation.pictures import grid, save_png
 from .evaluation.report import command_line, write_report
-from .evaluation.showcase import Showcase, showcase
+from .evaluation.showcase import Showcase, own_setting, showcase
 from .methods import find_methods, options_of
 from .neighbours import keep_to_free
 from .opening import is_demo, open_for_people, say_unused_card
@@ -419,6 +419,7 @@ def _check(settings: Settings, teacher: Teacher) -> None:
         raise BadInput(f"--steps {settings.steps}: expected 1 to 128")
     if any(side % teacher.cell for side in settings.size):
         raise BadInput(f"--resolution {settings.resolution}: this teacher needs multiples of {teacher.cell}")
+    own_setting(settings.own)
     if settings.flip and not settings.data:
         raise BadInput("--flip mirrors the pictures of --data; give a folder too, or leave it out")
     if settings.prompt_style is not None and settings.prompts:
@@ -995,6 +996,7 @@ def _report(
         curves=curves,
         command=command_line("toolkit.distill", sys.argv[1:]),
         verdict=shown.verdict,
+        sentences=shown.sentences,
     )
     for number, (_, image) in enumerate(shown.pictures, 1):
         save_png(image, out / "samples" / f"report-{number}.png")
@@ -1073,6 +1075,7 @@ def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher, stu
         yardstick=_yardstick(seed) if settings.demo else None,
         guidance=settings.guidance_default,
         negative=settings.negative,
+        own=own_setting(settings.own),
         seed=seed,
         fill=(lambda prompts: Fill(*drawings_to_fill(prompts, seed=seed))) if settings.demo else None,
     )

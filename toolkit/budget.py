@@ -21,7 +21,7 @@ from .training.settings import Settings
 MARGIN = 0.1
 """Of the time, for loading, saving and what the plan misjudges."""
 
-REPORT_EVALUATIONS = 1000
+REPORT_EVALUATIONS = 1200
 """Of the network for each prompt of the report, about: mostly the teacher's 50 steps over the dial."""
 
 LEAST_SHARE, MOST_SHARE = 0.25, 4.0

@@ -198,6 +198,7 @@ class Bench:
             "guidance": contender.guidances,
             "steps": contender.measured_at,
             "strength": contender.strengths,
+            "own": "none",
             "samples": samples,
             "seed": REFERENCE_SEED,
             "cache_dir": self.out / "painted",

@@ -51,7 +51,7 @@ from .training.plan import Plan, require_disk
 from .training.presets import PRESETS
 from .training.prompts import STYLES
 from .training.ranks import ALONE, Ranks, SaidByTheFirst, gathered, launched, require_shares
-from .training.settings import Settings, read_config, to_toml
+from .training.settings import OWN, Settings, read_config, to_toml
 from .training.tuning import MEMORY_FORMATS
 
 log = logging.getLogger("fewstep")
@@ -365,6 +365,11 @@ def _parse() -> argparse.Namespace:
         type=int,
         metavar="N",
         help="prompts in the sample pictures and the report; 0: none",
+    )
+    add(
+        "--own",
+        metavar="SAMPLER:STEPS",
+        help=f"what you use today, beside the student in the report (default {OWN}; none leaves it out)",
     )
     add(
         "--cache-dir",

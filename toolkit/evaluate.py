@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,20 +24,24 @@ from .demo.judge import load_judge
 from .diffusion.errors import BadInput
 from .evaluation.editing import Edits, edit_rows
 from .evaluation.evaluate import (
+    LARGER,
     SELDOM,
     Evaluation,
     FolderStore,
     Request,
     Row,
+    Size,
     Yardstick,
     check_pair,
     table,
 )
 from .evaluation.eyes import Clip, Eyes, InceptionEyes, TeacherEyes
 from .evaluation.metrics import adherence, features
-from .evaluation.painter import Fill, Painter
+from .evaluation.painter import TEACHER_SAMPLERS, Fill, Painter
 from .evaluation.pictures import save_png
-from .evaluation.showcase import side_by_side, verdict
+from .evaluation.report import command_line, write_report
+from .evaluation.showcase import Picture, own_setting, side_by_side, verdict
+from .evaluation.standing import standings
 from .opening import (
     add_parts,
     add_prompting,
@@ -53,6 +58,7 @@ from .training.images import SUFFIXES, load_picture
 from .training.lora import with_loras
 from .training.networks import DTYPES
 from .training.prompts import built_in_prompts, read_prompts
+from .training.settings import OWN
 
 log = logging.getLogger("fewstep")
 
@@ -108,11 +114,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if edited:
         _write_results(asked, evaluation, rows, edited)
     guidance = sorted(evaluation.request.guidances)[len(evaluation.request.guidances) // 2]
-    _write_pictures(asked, evaluation, guidance)
-    if sentence := verdict([row for row in rows if row["guidance"] == guidance]):
+    pictures = _write_pictures(asked, evaluation, guidance)
+    said = verdict([row for row in rows if row["guidance"] == guidance])
+    standing = standings(rows)
+    for sentence in dict.fromkeys([*([said] if said else []), *(each.sentence for each in standing)]):
         log.info("%s", sentence)
+    _write_report(asked, arguments, evaluation, rows, pictures, said)
     if asked.json:
-        print_json({"rows": rows, "edits": edited})
+        print_json({"rows": rows, "edits": edited, "verdicts": [each.told() for each in standing]})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,6 +149,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--guidance", type=float, nargs="+", metavar="G", help="default: the first student's own")
     add("--strength", type=float, nargs="*", default=[], metavar="F", help="image to image as well")
+    add("--size", nargs="*", default=[], metavar="WxH", help="at other sizes as well, such as 512x768")
+    add(
+        "--second-pass",
+        type=float,
+        nargs="*",
+        default=[],
+        metavar="F",
+        help=f"a hires fix as well: the picture {LARGER:g} times as large, painted again at this strength",
+    )
+    add(
+        "--own",
+        default=OWN,
+        metavar="SAMPLER:STEPS",
+        help=f"what you use today, of {', '.join(TEACHER_SAMPLERS)} or none (default %(default)s)",
+    )
     add("--samples", type=int, default=256, metavar="N", help="pictures a row (default 256)")
     add("--seed", type=int, default=0, help="of the first picture, the others follow (default 0)")
     add(
@@ -161,7 +185,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--precision", choices=sorted(DTYPES), help="default: fp16 on a GPU, fp32 elsewhere")
     add("--cache-dir", type=Path, metavar="DIR", help="where painted pictures are kept (default: OUT/cache)")
     add("--json", action="store_true", help="the rows on stdout, as JSON")
-    add("-o", "--out", type=Path, required=True, metavar="DIR", help="results.json, pictures, cache")
+    add(
+        "-o",
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="report.html, results.json, pictures, cache",
+    )
     return parser
 
 
@@ -173,12 +204,24 @@ def _check(asked: argparse.Namespace) -> None:
     for guidance in asked.guidance or ():
         if not 1 <= guidance < math.inf:
             raise BadInput(f"--guidance {guidance:g}: expected 1 (unguided) or more")
-    for strength in asked.strength:
-        if not 0 < strength < 1:
-            raise BadInput(f"--strength {strength:g}: expected a number above 0 and below 1")
+    for option in ("strength", "second_pass"):
+        for strength in getattr(asked, option):
+            if not 0 < strength < 1:
+                raise BadInput(
+                    f"--{option.replace('_', '-')} {strength:g}: expected a number above 0 and below 1"
+                )
+    asked.own, asked.size = own_setting(asked.own), [_size(said) for said in asked.size]
     for steps in [*(asked.steps or ()), asked.reference_steps]:
         if not 1 <= steps <= 1000:
             raise BadInput(f"{steps} steps were asked for; a teacher runs 1 to 1000")
+
+
+def _size(said: str) -> Size:
+    """Height and width of ``--size``."""
+    width, _, height = said.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise BadInput(f"--size {said}: expected width and height in pixels, such as 512x768")
+    return int(height), int(width)
 
 
 def _student_files(paths: Sequence[Path]) -> dict[str, Path]:
@@ -212,7 +255,10 @@ def _request(asked: argparse.Namespace, students: Mapping[str, Painter], *, demo
         prompts=tuple(given[number % len(given)] for number in range(asked.samples)),
         guidances=tuple(dict.fromkeys(guidances)),
         steps=tuple(dict.fromkeys([spec.steps for spec in specs] if asked.steps is None else asked.steps)),
+        own=asked.own,
         strengths=tuple(dict.fromkeys(asked.strength)),
+        sizes=tuple(dict.fromkeys(asked.size)),
+        second_passes=tuple(dict.fromkeys(asked.second_pass)),
         seed=asked.seed,
         negative=asked.negative,
         reference_steps=asked.reference_steps,
@@ -345,13 +391,37 @@ def _write_results(
         "samples": asked.samples,
         "seed": asked.seed,
         "rows": list(rows),
+        "verdicts": [each.told() for each in standings(rows)],
         "edits": list(edited),
     }
     with atomic_path(asked.out / "results.json") as partial:
         partial.write_text(json.dumps(results, indent=2), encoding="utf-8")
 
 
-def _write_pictures(asked: argparse.Namespace, evaluation: Evaluation, guidance: float) -> None:
+def _write_report(
+    asked: argparse.Namespace,
+    arguments: Sequence[str] | None,
+    evaluation: Evaluation,
+    rows: Sequence[Row],
+    pictures: Sequence[Picture],
+    said: str | None,
+) -> None:
+    write_report(
+        asked.out / "report.html",
+        title=f"Students of {evaluation.teacher_name}",
+        facts={"teacher": evaluation.teacher_name, "students": ", ".join(evaluation.students)},
+        pictures=pictures,
+        rows=rows,
+        curves=(),
+        command=command_line("toolkit.evaluate", sys.argv[1:] if arguments is None else arguments),
+        verdict=said,
+        sentences=[each.sentence for each in standings(rows)],
+    )
+
+
+def _write_pictures(
+    asked: argparse.Namespace, evaluation: Evaluation, guidance: float
+) -> tuple[Picture, ...]:
     """Side by side, at one guidance where it does not vary, from what was painted for the rows."""
     pictures = side_by_side(
         evaluation,
@@ -366,6 +436,7 @@ def _write_pictures(asked: argparse.Namespace, evaluation: Evaluation, guidance:
     names = ["guidance", "steps", *(["strength"] if evaluation.request.strengths else []), "filling-in"]
     for name, (_, image) in zip(names, pictures, strict=False):
         save_png(image, asked.out / f"{name}.png")
+    return pictures
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ Everything is compared from the same prompts, the same seeds and so the same noi
 teacher with DDIM at 50 steps at the same guidance (and strength). A row "other noise" is the reference once
 more from other seeds: its distance to the reference is what is left between two sets that differ in nothing
 but chance, the floor that students are measured against. img2img starts from the reference's picture of the
-prompt before. Inpainting models also fill in: the middle of that picture, or what is given to fill.
+prompt before, a second pass (hires fix) from that of the same prompt, enlarged. Inpainting models also fill
+in: the middle of that picture, or what is given to fill.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +20,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion.errors import BadInput
 from ..runtime.files import load_tensors, read_metadata, save_tensors
-from .eyes import Clip, Eyes
+from .eyes import Clip, Eyes, TeacherEyes
 from .metrics import (
     Judge,
     adherence,
@@ -31,27 +34,36 @@ from .metrics import (
     features,
     frechet_distance,
     kernel_distance,
+    paired_distance,
     precision_recall,
     psnr,
     sharpness,
 )
-from .painter import Fill, Painter
+from .painter import Fill, Painter, Plan
 
 log = logging.getLogger("fewstep")
 
 Row: TypeAlias = dict[str, Any]
-"""task (paint or fill), model, name, noise, sampler, steps, evaluations, guidance, strength, samples,
-adherence, frechet_real, frechet_teacher, frechet_ratio (to "other noise"), kernel_teacher, precision, recall,
-psnr_teacher (dB), colour, contrast, sharpness (all three: the share by which they exceed the reference's),
-clip_score, seconds_per_image (sampling alone)."""
+"""task (paint, fill or second: a second pass), model, name, noise, sampler, steps, evaluations, guidance,
+strength, width, height, samples, adherence, frechet_real, frechet_teacher, frechet_ratio (to "other noise"),
+kernel_teacher, precision, recall, paired_teacher (of pictures from the same noise), paired_ratio (to "other
+noise"), prompt_lost (how much less of its prompt the teacher finds in a picture than in its own),
+prompt_ratio (to "other noise"), psnr_teacher (dB), colour, contrast, sharpness (all three: the share by which
+they exceed the reference's), clip_score, seconds_per_image (sampling alone)."""
 
 REFERENCE_STEPS = 50
 MIDDLE = 0.7
 """Side of the square that is filled in, where nothing else is given, in sides of the picture."""
 
-Task = Literal["paint", "fill"]
+Task = Literal["paint", "fill", "second"]
+Size = tuple[int, int]
+"""Height and width in pixels."""
+LARGER = 1.5
+"""Sides of a second pass, in sides of the first."""
 SELDOM = 8
 """Fewer samples than this give no distance between sets."""
+TASKS: dict[Task, str] = {"fill": "filling in", "second": "second pass"}
+"""In words, but for the usual one."""
 DRIFTS: dict[str, Callable[[Tensor], float]] = {
     "colour": colourfulness,
     "contrast": contrast,
@@ -104,12 +116,16 @@ class Yardstick:
 @dataclass(frozen=True)
 class Request:
     """``prompts`` one a sample; ``seed`` of the first, the others follow; ``steps`` of the teacher's own
-    samplers."""
+    samplers; ``own``: the sampler and steps that a person is used to; ``sizes`` beside the teacher's;
+    ``second_passes``: their strengths."""
 
     prompts: tuple[str, ...]
     guidances: tuple[float, ...]
     steps: tuple[int, ...] = ()
+    own: tuple[str, int] | None = None
     strengths: tuple[float, ...] = ()
+    sizes: tuple[Size, ...] = ()
+    second_passes: tuple[float, ...] = ()
     seed: int = 0
     negative: str = ""
     reference_steps: int = REFERENCE_STEPS
@@ -135,6 +151,7 @@ class Cell:
     steps: int | None = None
     noise: Literal["same", "other"] = "same"
     task: Task = "paint"
+    size: Size | None = None
 
 
 class Store(Protocol):
@@ -196,16 +213,26 @@ class Evaluation:
             yield from self._group(guidance, 1.0, None)
             for strength in self.request.strengths:
                 yield from self._group(guidance, strength, self.images_to_start_from(guidance))
+            for size in self.request.sizes:
+                yield from self._group(guidance, 1.0, None, size=size)
+            for strength in self.request.second_passes:
+                enlarged, size = self.images_to_enlarge(guidance)
+                yield from self._group(guidance, strength, enlarged, size=size, task="second")
             if self.teacher.inpaint:
-                yield from self._group(guidance, 1.0, None, self.to_fill(guidance))
+                yield from self._group(guidance, 1.0, None, self.to_fill(guidance), task="fill")
 
-    def cells(self, guidance: float, strength: float, task: Task = "paint") -> list[Cell]:
-        """What is compared at one guidance and strength, the reference first."""
-        reference = replace(self.reference(guidance, strength), task=task)
+    def cells(
+        self, guidance: float, strength: float, task: Task = "paint", size: Size | None = None
+    ) -> list[Cell]:
+        """What is compared at one guidance, strength and size, the reference first."""
+        reference = replace(self.reference(guidance, strength), task=task, size=size)
         cells = [reference]
         if self.yardstick.sees:
             cells.append(replace(reference, noise="other"))
-        if strength == 1:
+        if self.request.own is not None:
+            sampler, steps = self.request.own
+            cells.append(replace(reference, sampler=sampler, steps=steps))
+        if strength == 1 and size is None:
             cells += [
                 replace(reference, sampler=sampler, steps=steps)
                 for sampler in ("ddim", "dpmpp_2m")
@@ -213,14 +240,33 @@ class Evaluation:
                 if (sampler, steps) != (reference.sampler, reference.steps)
             ]
         able = [name for name, student in self.students.items() if student.runs_at(guidance)]
-        cells += [Cell("student", name, guidance, strength, task=task) for name in able]
-        return cells + [
-            Cell("student", name, guidance, strength, steps=steps, task=task)
+        students = [Cell("student", name, guidance, strength, task=task, size=size) for name in able]
+        students += [
+            Cell("student", name, guidance, strength, steps=steps, task=task, size=size)
             for name in able
             if (spec := self.students[name].spec) is not None and spec.sampler == "consistency"
             for steps in self.request.steps
             if steps != spec.steps
         ]
+        if self.yardstick.sees:
+            cells += [self.for_free(cell) for cell in students]
+        return [*dict.fromkeys(cells), *students]
+
+    def for_free(self, student: Cell) -> Cell:
+        """What a person gets without the student: the teacher's DPM++ 2M in the fewest steps that take as
+        many evaluations.
+        """
+        reference = self.reference(student.guidance, student.strength)
+        cells = (replace(reference, sampler="dpmpp_2m", steps=steps) for steps in itertools.count(1))
+        wanted = self.plan(student).evaluations
+        cell = next(cell for cell in cells if self.plan(cell).evaluations >= wanted)
+        return replace(cell, task=student.task, size=student.size)
+
+    def plan(self, cell: Cell) -> Plan:
+        """The walk of a cell's pictures."""
+        return self._painter(cell).plan(
+            guidance=cell.guidance, steps=cell.steps, sampler=cell.sampler, strength=cell.strength
+        )
 
     def reference(self, guidance: float, strength: float = 1.0) -> Cell:
         steps = self.request.reference_steps
@@ -241,6 +287,7 @@ class Evaluation:
                 x0=x0,
                 fill=fill,
                 strength=cell.strength,
+                size=None if x0 is not None or fill is not None else cell.size,
                 batch=self.batch,
             )
             return painted.x0, painted.seconds
@@ -250,6 +297,14 @@ class Evaluation:
     def images_to_start_from(self, guidance: float) -> Tensor:
         """(N, C, h, w): the reference's latent of the prompt before."""
         return self.latents(self.reference(guidance))[0].roll(1, 0)
+
+    def images_to_enlarge(self, guidance: float) -> tuple[Tensor, Size]:
+        """The reference's latents enlarged as pictures (N, C, h, w), and their size in pixels."""
+        unit = 8 * self.teacher.downscale
+        images = self.teacher.decode(self.latents(self.reference(guidance))[0])
+        height, width = (max(1, round(LARGER * side / unit)) * unit for side in images.shape[2:])
+        larger = F.interpolate(images, (height, width), mode="bicubic", antialias=True, align_corners=False)
+        return self.teacher.encode(larger.clamp(0, 1)), (height, width)
 
     def to_fill(self, guidance: float) -> Fill:
         """What is filled in: what was given, or the middle of the pictures to start from."""
@@ -266,29 +321,40 @@ class Evaluation:
         request = self.request
         samples = [request.prompts, request.seed, request.negative, request.reference_steps]
         models = [self.identities.get(name) for name in dict.fromkeys((cell.name, self.teacher_name))]
-        return json.dumps([vars(cell), samples, models], sort_keys=True)
+        said = {name: value for name, value in vars(cell).items() if name != "size" or value is not None}
+        return json.dumps([said, samples, models], sort_keys=True)
 
     def _painter(self, cell: Cell) -> Painter:
         return self.teacher if cell.model == "teacher" else self.students[cell.name]
 
+    def _see(self, images: Tensor) -> _Seen:
+        if not self.yardstick.sees:
+            return _Seen(images, None, None)
+        found = TeacherEyes(self.teacher).found(images, self.request.prompts)
+        return _Seen(images, self.yardstick.see(images), found)
+
     def _group(
-        self, guidance: float, strength: float, x0: Tensor | None, fill: Fill | None = None
+        self,
+        guidance: float,
+        strength: float,
+        x0: Tensor | None,
+        fill: Fill | None = None,
+        *,
+        task: Task = "paint",
+        size: Size | None = None,
     ) -> Iterator[Row]:
-        """The rows of one guidance and strength."""
-        task: Task = "paint" if fill is None else "fill"
-        count = len(self.request.prompts)
-        reference: Tensor | None = None
-        reference_features: Tensor | None = None
-        floor: float | None = None
-        for cell in self.cells(guidance, strength, task):
+        """The rows of one guidance, strength and size."""
+        reference: _Seen | None = None
+        floor: dict[str, float | None] = {}
+        for cell in self.cells(guidance, strength, task, size):
             x0_hat, seconds = self.latents(cell, x0, fill)
             painter = self._painter(cell)
             images = painter.decode(x0_hat, fill=fill)
-            found = self.yardstick.see(images)
-            apart = _apart(found, reference_features)
+            seen = self._see(images)
+            apart = _apart(seen, reference)
             if cell.noise == "other":
-                floor = apart["frechet_teacher"]
-            plan = painter.plan(guidance=guidance, steps=cell.steps, sampler=cell.sampler, strength=strength)
+                floor = apart
+            plan = self.plan(cell)
             yield {
                 "task": task,
                 "model": cell.model,
@@ -299,19 +365,29 @@ class Evaluation:
                 "evaluations": plan.evaluations,
                 "guidance": guidance,
                 "strength": strength,
-                "samples": count,
+                "width": images.shape[3],
+                "height": images.shape[2],
+                "samples": len(images),
                 **self.yardstick.agreement(images, self.request.prompts),
-                "frechet_real": self.yardstick.to_real(found),
+                "frechet_real": self.yardstick.to_real(seen.features) if size is None else None,
                 **apart,
-                "frechet_ratio": apart["frechet_teacher"] / floor
-                if apart["frechet_teacher"] and floor
-                else None,
-                "psnr_teacher": None if reference is None else float(psnr(images, reference).mean()),
-                **_drift(images, reference),
-                "seconds_per_image": seconds / count,
+                "frechet_ratio": _ratio(apart["frechet_teacher"], floor.get("frechet_teacher")),
+                "paired_ratio": _ratio(apart["paired_teacher"], floor.get("paired_teacher")),
+                "prompt_ratio": _ratio(apart["prompt_lost"], floor.get("prompt_lost")),
+                "psnr_teacher": None if reference is None else float(psnr(images, reference.images).mean()),
+                **_drift(images, None if reference is None else reference.images),
+                "seconds_per_image": seconds / len(images),
             }
-            if reference is None:
-                reference, reference_features = images, found
+            reference = reference or seen
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """Pictures (N, 3, H, W), what was seen in them (N, F), and how much of their prompts was found (N,)."""
+
+    images: Tensor
+    features: Tensor | None
+    found: Tensor | None
 
 
 def check_pair(teacher: Painter, students: Mapping[str, Painter], teacher_sha256: str) -> None:
@@ -337,15 +413,29 @@ def check_pair(teacher: Painter, students: Mapping[str, Painter], teacher_sha256
             log.warning("%s was distilled from another teacher (%s)", name, student.spec.teacher_name)
 
 
-def _apart(found: Tensor | None, reference: Tensor | None) -> dict[str, float | None]:
-    """How far a set is from the reference's, by their features."""
-    precision, recall = _between(found, reference, precision_recall) or (None, None)
+def _apart(seen: _Seen, reference: _Seen | None) -> dict[str, float | None]:
+    """How far pictures are from the reference's by their features: as sets, and each from its own."""
+    found, own = seen.features, None if reference is None else reference.features
+    precision, recall = _between(found, own, precision_recall) or (None, None)
     return {
-        "frechet_teacher": _between(found, reference, frechet_distance),
-        "kernel_teacher": _between(found, reference, kernel_distance),
+        "frechet_teacher": _between(found, own, frechet_distance),
+        "kernel_teacher": _between(found, own, kernel_distance),
         "precision": precision,
         "recall": recall,
+        "paired_teacher": None if found is None or own is None else paired_distance(found, own),
+        "prompt_lost": _lost(seen, reference),
     }
+
+
+def _lost(seen: _Seen, reference: _Seen | None) -> float | None:
+    """How much less of its prompt is found in a picture than in the reference's."""
+    if reference is None or seen.found is None or reference.found is None:
+        return None
+    return float((reference.found - seen.found).clamp(min=0).double().mean())
+
+
+def _ratio(value: float | None, to: float | None) -> float | None:
+    return value / to if value is not None and to else None
 
 
 def _drift(images: Tensor, reference: Tensor | None) -> dict[str, float | None]:
@@ -373,8 +463,10 @@ def _named(cell: Cell, count: int) -> str:
         parts.append(f"strength {cell.strength:g}")
     if cell.noise == "other":
         parts.append("other noise")
-    if cell.task == "fill":
-        parts.append("filling in")
+    if cell.size is not None:
+        parts.append(f"{cell.size[1]} x {cell.size[0]} pixels")
+    if cell.task in TASKS:
+        parts.append(TASKS[cell.task])
     return ", ".join(parts)
 
 
@@ -384,6 +476,8 @@ COLUMNS = {
     "evaluations": ("evals", ""),
     "guidance": ("guidance", "g"),
     "strength": ("strength", "g"),
+    "width": ("width", ""),
+    "height": ("height", ""),
     "adherence": ("adherence", ".3f"),
     "clip_score": ("CLIP", ".2f"),
     "frechet_real": ("FD real", ".2f"),
@@ -392,6 +486,7 @@ COLUMNS = {
     "kernel_teacher": ("KD teacher", ".4f"),
     "precision": ("precision", ".2f"),
     "recall": ("recall", ".2f"),
+    "paired_ratio": ("paired", ".2f"),
     "psnr_teacher": ("PSNR", ".1f"),
     "colour": ("colour", "+.1%"),
     "contrast": ("contrast", "+.1%"),
@@ -404,6 +499,8 @@ COLUMNS = {
 def table(rows: Sequence[Row]) -> str:
     """Rows as text in columns, for people; a column with nothing in it is left out."""
     shown = {name: how for name, how in COLUMNS.items() if any(row.get(name) is not None for row in rows)}
+    if len({(row["width"], row["height"]) for row in rows}) == 1:
+        shown = {name: how for name, how in shown.items() if name not in ("width", "height")}
     lines = [["model", *(head for head, _ in shown.values())]]
     for row in rows:
         cells = [
@@ -418,4 +515,4 @@ def table(rows: Sequence[Row]) -> str:
 
 def _model(row: Row) -> str:
     model = row["name"] + (", other noise" if row["noise"] == "other" else "")
-    return model + (", filling in" if row["task"] == "fill" else "")
+    return model + (f", {TASKS[row['task']]}" if row["task"] in TASKS else "")

@@ -25,15 +25,16 @@ from .painter import Painter, unit_noise
 Eyes = Callable[[Tensor], Tensor]
 """Pictures (N, 3, H, W) in [0, 1] -> features (N, F) float32 on the CPU."""
 
-TIMESTEP = 100
-"""The noise at which the teacher looks: enough that its middle says what a picture shows."""
+TIMESTEP, READING_TIMESTEP = 100, 450
+"""The noise at which the teacher looks at pictures, and at which it reads prompts out of them."""
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherEyes:
-    """A UNet's middle block, averaged over the picture, while it denoises slightly noised latents without a
-    prompt. That activations of diffusion networks carry what a picture shows: Tang et al. 2023, "Emergent
-    correspondence from image diffusion".
+    """A UNet's second block on the way up, averaged over the picture, while it denoises slightly noised
+    latents without a prompt. That its activations carry what a picture shows: Tang et al. 2023, "Emergent
+    correspondence from image diffusion". On the demo it ranks students more as the judge does than the middle
+    block and the blocks on the way down (docs/judging.md).
     """
 
     painter: Painter
@@ -47,7 +48,8 @@ class TeacherEyes:
         def look(_module: Any, _inputs: Any, output: Tensor) -> None:
             seen.append(output.float().mean((2, 3)).cpu())
 
-        hook = network.unet.get_submodule("mid_block").register_forward_hook(look)
+        blocks = network.unet.get_submodule("up_blocks")
+        hook = list(blocks.children())[:2][-1].register_forward_hook(look)
         try:
             for part in images.split(self.batch):
                 self._denoise(part)
@@ -61,12 +63,36 @@ class TeacherEyes:
         x0 = painter.encode(images).to(painter.device)
         sigma = painter.schedule.sigma(torch.tensor([TIMESTEP])).to(x0)
         noise = unit_noise(x0.shape, seeds=[0]).to(x0)
-        painter.denoiser.velocity(x0 + sigma * noise, sigma.expand(count), cond=self._nothing(images))
+        cond = self._told(images, [""])
+        painter.denoiser.velocity(x0 + sigma * noise, sigma.expand(count), cond=cond)
 
-    def _nothing(self, images: Tensor) -> Cond:
-        """The conditioning of no prompt at all, for pictures of this size."""
+    @torch.no_grad()
+    def found(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(N,): by how much less the network errs at denoising each picture once it is told the picture's
+        prompt. Li et al. 2023, "Your diffusion model is secretly a zero-shot classifier".
+        """
+        parts: list[Tensor] = []
+        for first in range(0, len(images), self.batch):
+            rows = slice(first, first + self.batch)
+            parts.append(self._found(images[rows], prompts[rows], range(first, len(images))))
+        return torch.cat(parts)
+
+    def _found(self, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        painter, count = self.painter, len(images)
+        x0 = painter.encode(images).to(painter.device)
+        sigma = painter.schedule.sigma(torch.tensor([READING_TIMESTEP])).to(x0)
+        x = x0 + sigma * unit_noise(x0.shape, seeds=seeds[:count]).to(x0)
+
+        def error(said: Sequence[str]) -> Tensor:
+            x0_hat = painter.denoiser(x, sigma.expand(count), cond=self._told(images, said))
+            return (x0_hat - x0).float().square().flatten(1).mean(1).cpu()
+
+        return error([""]) - error(prompts)
+
+    def _told(self, images: Tensor, prompts: Sequence[str]) -> Cond:
+        """The conditioning of one prompt each, or of one for all, for pictures of this size."""
         count, height, width = len(images), *images.shape[2:]
-        cond = {name: row.to(self.painter.device) for name, row in self.painter.texts([""]).items()}
+        cond = {name: rows.to(self.painter.device) for name, rows in self.painter.texts(prompts).items()}
         cond = dict(expand_cond(with_sizes(cond, width=width, height=height), count))
         if self.painter.inpaint:
             cond["inpaint"] = self.painter.seen(None, count, height, width).to(self.painter.device)

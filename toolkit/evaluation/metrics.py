@@ -75,6 +75,13 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     return float(within(a) + within(b) - 2 * kernel(a, b).mean())
 
 
+def paired_distance(a: Tensor, b: Tensor) -> float:
+    """Mean distance of the rows of a (N, F) from the same rows of b, each feature in units of its spread in
+    b."""
+    spread = b.double().std(0, correction=0).clamp(min=1e-6)
+    return float(((a.double() - b.double()) / spread).norm(dim=1).mean())
+
+
 def precision_recall(found: Tensor, reference: Tensor, *, neighbours: int = 3) -> tuple[float, float]:
     """Share of ``found`` (N, F) within the reach of ``reference`` (M, F), and the other way about.
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..runtime.files import free_path
 from ..runtime.privacy import file_name, without_paths
-from .evaluate import Row
+from .evaluate import TASKS, Row
 
 _CHART_WIDTH, _CHART_HEIGHT = 420, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 26
@@ -84,8 +84,9 @@ def write_report(
     curves: Sequence[Mapping[str, Any]],
     command: str,
     verdict: str | None,
+    sentences: Sequence[str] = (),
 ) -> None:
-    """Write the report; BadInput if it cannot be written.
+    """Write the report; BadInput if it cannot be written. ``sentences`` go below the verdict.
 
     ``facts``: name -> value, in the order to be shown. ``pictures``: (caption, image). ``rows`` as of an
     evaluation. ``curves``: the objects of run.jsonl. ``command``: as :func:`command_line` writes it.
@@ -93,6 +94,8 @@ def write_report(
     parts = [f"<h1>{_text(title)}</h1>"]
     if verdict:
         parts.append(f'<p class="verdict">{_text(verdict)}</p>')
+    if more := [sentence for sentence in sentences if sentence != verdict]:
+        parts.append("<ul>" + "".join(f"<li>{_text(sentence)}</li>" for sentence in more) + "</ul>")
     parts.append(_facts(facts))
     if pictures:
         parts += ["<h2>Side by side</h2>", *(_figure(caption, image) for caption, image in pictures)]
@@ -148,12 +151,15 @@ def _measured(rows: Sequence[Row]) -> str:
     columns = {
         "guidance": "g",
         "strength": "g",
+        "width": "d",
+        "height": "d",
         "steps": "d",
         "evaluations": "d",
         "adherence": ".1%",
         "frechet_real": ".2f",
         "frechet_teacher": ".3f",
         "frechet_ratio": ".2f",
+        "paired_ratio": ".0%",
         "psnr_teacher": ".1f",
         "colour": "+.0%",
         "contrast": "+.0%",
@@ -164,12 +170,14 @@ def _measured(rows: Sequence[Row]) -> str:
         "frechet_real": "FD real",
         "frechet_teacher": "FD teacher",
         "frechet_ratio": "FD ratio",
+        "paired_ratio": "paired",
         "psnr_teacher": "PSNR, dB",
         "seconds_per_image": "s / picture",
     }
     used = [name for name in columns if any(row.get(name) is not None for row in rows)]
-    if all(row["strength"] == 1 for row in rows):
-        used.remove("strength")
+    for name in ("strength", "width", "height"):
+        if name in used and len({row[name] for row in rows}) == 1:
+            used.remove(name)
     head = "".join(f"<th>{heads.get(name, name)}</th>" for name in used)
     lines = [
         f'<tr class="{row["model"]}"><td>{_text(_row_name(row))}</td>'
@@ -184,7 +192,7 @@ def _measured(rows: Sequence[Row]) -> str:
 
 
 def _row_name(row: Row) -> str:
-    task = ", filling in" if row.get("task") == "fill" else ""
+    task = f", {TASKS[row['task']]}" if row.get("task") in TASKS else ""
     if row["model"] == "student":
         return f"{row['name']}{task}"
     sampler = {"ddim": "DDIM", "dpmpp_2m": "DPM++ 2M"}.get(row["sampler"], row["sampler"])
@@ -200,9 +208,14 @@ def _legend(rows: Sequence[Row]) -> str:
     if any(row["adherence"] is not None for row in rows):
         said.append(
             "Adherence: share of the pictures in which a judge trained on real ones finds all that the "
-            "prompt says. FD: Fréchet distance of the judge's features, in units of their mean spread, to "
-            "real pictures and to the teacher's. FD ratio: to that between two sets of the teacher's own "
-            "from different noise."
+            "prompt says."
+        )
+    if any(row.get("paired_ratio") is not None for row in rows):
+        eyes = "the judge's features" if rows[0]["adherence"] is not None else "what the teacher's UNet sees"
+        said.append(
+            f"FD: Fréchet distance by {eyes}, to real pictures and to the teacher's. FD ratio: to that "
+            "between two sets of the teacher's own from different noise. Paired: how far a picture is from "
+            "the teacher's from the same noise, as a share of how far one from another noise is."
         )
     return f'<p class="note">{" ".join(said)}</p>'
 

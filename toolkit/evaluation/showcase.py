@@ -15,10 +15,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..diffusion.errors import BadInput
 from ..training.masks import GREY
+from ..training.settings import OWN
 from .evaluate import Cell, Evaluation, Request, Row, Yardstick
-from .painter import Fill, Painter, unit_noise
+from .eyes import TeacherEyes
+from .painter import TEACHER_SAMPLERS, Fill, Painter, unit_noise
 from .pictures import grid, stack
+from .standing import standings
 
 Picture = tuple[str, Image.Image]
 
@@ -26,11 +30,12 @@ Picture = tuple[str, Image.Image]
 @dataclass(frozen=True)
 class Showcase:
     """``pictures``: (caption, image); ``rows`` as of an evaluation; ``verdict``: None if nothing could be
-    compared."""
+    compared; ``sentences``: one for each student and way of use."""
 
     pictures: tuple[Picture, ...]
     rows: tuple[Row, ...]
     verdict: str | None
+    sentences: tuple[str, ...] = ()
 
 
 def showcase(
@@ -44,6 +49,7 @@ def showcase(
     guidances: Sequence[float] = (1.0, 2.0, 4.0, 8.0),
     strengths: Sequence[float] = (0.2, 0.35, 0.5, 0.7),
     negative: str = "",
+    own: tuple[str, int] | None = None,
     seed: int = 0,
     reference_steps: int = 50,
     fill: Callable[[Sequence[str]], Fill] | None = None,
@@ -51,8 +57,9 @@ def showcase(
     """Compare the students of a run, by their steps, with their teacher.
 
     ``prompts`` are for the pictures; the table is measured at ``guidance`` on ``sample_prompts`` (on
-    ``prompts`` where there are none), with a judge if the yardstick has one. Guidances that a student was not
-    trained for are left out. ``fill``: what inpainting models fill in for prompts.
+    ``prompts`` where there are none), with a judge if the yardstick has one, by the teacher's own eyes if
+    there is no yardstick. Guidances that a student was not trained for are left out. ``own``: the sampler and
+    steps that people are used to. ``fill``: what inpainting models fill in for prompts.
     """
     small = Evaluation(
         teacher=teacher,
@@ -62,10 +69,11 @@ def showcase(
             guidances=(guidance,),
             steps=tuple(students),
             seed=seed,
+            own=own,
             negative=negative,
             reference_steps=reference_steps,
         ),
-        yardstick=yardstick or Yardstick(),
+        yardstick=yardstick or Yardstick(eyes=TeacherEyes(teacher)),
         fill=fill(prompts) if fill else None,
     )
     large = (
@@ -82,7 +90,20 @@ def showcase(
     pictures = side_by_side(small, guidance=guidance, guidances=within, strengths=strengths)
     if fill is None and students[min(students)].runs_at(guidance):
         pictures = (*pictures, between_noises(small, f"{min(students)}-step student", guidance=guidance))
-    return Showcase(pictures, rows, verdict(rows))
+    return Showcase(pictures, rows, verdict(rows), tuple(each.sentence for each in standings(rows)))
+
+
+def own_setting(said: str) -> tuple[str, int] | None:
+    """Sampler and steps of ``--own``; BadInput for what is none."""
+    if said == "none":
+        return None
+    sampler, _, steps = said.partition(":")
+    if sampler not in TEACHER_SAMPLERS or not steps.isdecimal() or not 1 <= int(steps) <= 1000:
+        raise BadInput(
+            f"--own {said}: expected one of {', '.join(TEACHER_SAMPLERS)}, a colon and 1 to 1000 steps, such "
+            f"as {OWN}, or none"
+        )
+    return sampler, int(steps)
 
 
 def between_noises(evaluation: Evaluation, student: str, *, guidance: float, columns: int = 7) -> Picture:
@@ -133,9 +154,10 @@ def side_by_side(
 def verdict(rows: Sequence[Row]) -> str | None:
     """One sentence: does the student of the fewest steps beat the teacher's DDIM at the same number of
     steps? Another for filling in, where there are such rows."""
+    plain = [row for row in rows if row["strength"] == 1 and _size(row) == _size(rows[0])]
     sentences = [
-        _verdict([row for row in rows if row.get("task", "paint") == "paint"]),
-        _verdict([row for row in rows if row.get("task") == "fill"]),
+        _verdict([row for row in plain if row.get("task", "paint") == "paint"]),
+        _verdict([row for row in plain if row.get("task") == "fill"]),
     ]
     if sentences[1]:
         sentences[1] = f"Filling in a picture: {sentences[1]}"
@@ -143,14 +165,14 @@ def verdict(rows: Sequence[Row]) -> str | None:
 
 
 def _verdict(rows: Sequence[Row]) -> str | None:
-    students = [row for row in rows if row["model"] == "student" and row["strength"] == 1]
+    students = [row for row in rows if row["model"] == "student"]
     if not students:
         return None
     student = min(students, key=lambda row: row["steps"])
     peers = {
         (row["sampler"], row["steps"]): row
         for row in rows
-        if row["model"] == "teacher" and row["noise"] == "same" and row["strength"] == 1
+        if row["model"] == "teacher" and row["noise"] == "same"
         if row["guidance"] == student["guidance"]
     }
     ddim = peers.get(("ddim", student["steps"]))
@@ -160,10 +182,16 @@ def _verdict(rows: Sequence[Row]) -> str | None:
         (row for (sampler, _), row in peers.items() if sampler == "ddim"), key=lambda row: row["steps"]
     )
     if student["adherence"] is None:
+        if standing := next((each for each in standings(rows) if each.student is student), None):
+            return standing.sentence
         if ddim is reference:  # what the student is measured against, and nothing to compare it with
             return None
         return _psnr_verdict(student, ddim, reference)
     return _adherence_verdict(student, ddim, reference)
+
+
+def _size(row: Row) -> tuple[int, int] | None:
+    return (row["width"], row["height"]) if "width" in row else None
 
 
 def _adherence_verdict(student: Row, ddim: Row, reference: Row) -> str:
@@ -222,22 +250,21 @@ class _Shown:
     def over_steps(self, students: Mapping[str, Painter]) -> Picture:
         """One block a prompt: samplers in rows, step counts in columns, the reference before them."""
         reference = self.evaluation.reference(self.guidance)
+        request = self.evaluation.request
+        own = {} if request.own is None else {request.own[0]: {request.own[1]}}
         counts = sorted(
-            {*self.evaluation.request.steps, *map(_step_count, students.values())} - {reference.steps},
+            {*request.steps, *map(_step_count, students.values()), *set().union(*own.values())}
+            - {reference.steps},
             key=int,
             reverse=True,
         )
         lines: dict[str, dict[int, Tensor]] = {
-            "teacher, DDIM": {
-                n: self.images(replace(reference, steps=n))
+            name: {
+                n: self.images(replace(reference, sampler=sampler, steps=n))
                 for n in counts
-                if n in self.evaluation.request.steps
-            },
-            "teacher, DPM++ 2M": {
-                n: self.images(replace(reference, sampler="dpmpp_2m", steps=n))
-                for n in counts
-                if n in self.evaluation.request.steps
-            },
+                if n in {*request.steps, *own.get(sampler, ())}
+            }
+            for name, sampler in (("teacher, DDIM", "ddim"), ("teacher, DPM++ 2M", "dpmpp_2m"))
         }
         for name, student in students.items():
             lines.setdefault(_free_line(lines, _step_count(student)), {})[_step_count(student)] = self.images(

@@ -21,6 +21,8 @@ else:
 
 SMALL_PARAMETERS = 20_000_000
 """Below this many parameters the rates of the demo hold; above it those of real checkpoints."""
+OWN = "dpmpp_2m:25"
+"""The sampler and steps that many people use."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Settings:
     device: str
     dtype: str
     report_prompts: int
+    own: str
     cache_dir: str
     cache_gb: float | None
     tokenizer: str | None
@@ -117,6 +120,7 @@ EVERYWHERE = Defaults(
         optimizer="adamw",
         memory_format="contiguous",
         compile=False,
+        own=OWN,
     ),
     "the house",
 )
