@@ -205,9 +205,9 @@ def test_a_lora_file_that_reads_back_otherwise_is_not_kept(
 ) -> None:
     write, spec = student_lora.save_tensors, read_spec(run / "student.safetensors")
 
-    def damage(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    def damage(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> Path:
         key = next(key for key in tensors if key.endswith(damaged))
-        write({**tensors, key: tensors[key] + 0.1}, metadata, path)
+        return write({**tensors, key: tensors[key] + 0.1}, metadata, path)
 
     monkeypatch.setattr(student_lora, "save_tensors", damage)
     assert spec is not None
