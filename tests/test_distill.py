@@ -53,6 +53,12 @@ def arguments(models, tmp_path) -> list[str]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def short_reference(monkeypatch) -> None:
+    """Reports compare with a teacher of a few steps: their pictures are not the point here."""
+    monkeypatch.setattr(assembly, "showcase", partial(showcase, reference_steps=5))
+
+
 @pytest.fixture
 def call(monkeypatch):
     def run(arguments: list[str]) -> None:
@@ -72,7 +78,6 @@ def test_a_run_without_any_network_leaves_students_report_and_log(arguments, cal
 
     for name in ("socket", "create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, name, refuse)
-    monkeypatch.setattr(assembly, "showcase", partial(showcase, reference_steps=5))
     call([*arguments, "--report-prompts", "1"])
     out = tmp_path / "run"
     written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
