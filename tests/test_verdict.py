@@ -48,6 +48,15 @@ def test_another_seed_is_zero_and_what_is_there_for_free_is_one(frechet, scaled)
     assert found.scaled("colour") is None  # DPM++ 2M drifts no more than chance
 
 
+@pytest.mark.parametrize("lost", [None, 0.0])
+def test_where_no_picture_lost_its_prompt_the_distances_alone_count_for_both(lost):
+    (found,) = standings([*teacher(), student(5.0, prompt_ratio=lost)])
+    assert (found.score, found.score_for_free) == (pytest.approx(0.3), pytest.approx(0.8))
+    assert found.sentence
+    (found,) = standings([*teacher(prompt_ratio=lost), student(5.0, prompt_ratio=0.9)])
+    assert found.score == pytest.approx(0.3)
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [

@@ -43,7 +43,10 @@ class Standing:
         of their prompts. Measured to agree with the judge: docs/judging.md.
         """
         pixels = 10 ** ((self.other["psnr_teacher"] - row["psnr_teacher"]) / 20)
-        return math.sqrt(math.sqrt(row["paired_ratio"] * pixels) * row["prompt_ratio"])
+        apart = math.sqrt(row["paired_ratio"] * pixels)
+        # Of few pictures it can be that none shows less than the teacher's own: no measure then.
+        told = all(one["prompt_ratio"] for one in (self.student, self.for_free))
+        return math.sqrt(apart * row["prompt_ratio"]) if told else apart
 
     def scaled(self, name: str) -> float | None:
         """``name``: frechet or a drift; None where DPM++ 2M is hardly worse than another seed."""
