@@ -111,12 +111,7 @@ def _lead(options: argparse.Namespace, config: dict[str, Any], ranks: Ranks) -> 
     begun, processes = options.resume or options.finish, launched()
     given = {name: v for name, v in vars(options).items() if v is not None and name not in NOT_SETTINGS}
     teacher = Teacher.open({**config, **given})
-    if options.vram is not None and options.preset is not None:
-        raise BadInput("--vram and --preset both say how much memory to plan for; leave one out")
-    gib = options.vram if options.preset is None else PRESETS[options.preset]
-    free = None if gib is None else round(gib * GIB)
-    if free is None and processes > 1 and _on_cpu(options.device or config.get("device")):
-        free = free_memory(torch.device("cpu")) // processes
+    free = _memory_to_plan_for(options, config, processes)
     hours = config.pop("hours", None) if options.hours is None else options.hours
     flags, costs = dict[str, Any](), None
     if hours is not None:
@@ -179,6 +174,18 @@ def _lead(options: argparse.Namespace, config: dict[str, Any], ranks: Ranks) -> 
         answer = run_all(settings, phases, teacher, request, told, ranks)
     if options.json:
         print_json(answer)
+
+
+def _memory_to_plan_for(options: argparse.Namespace, config: dict[str, Any], processes: int) -> int | None:
+    """Bytes for each process; None: what its device has free."""
+    if options.vram is not None and options.preset is not None:
+        raise BadInput("--vram and --preset both say how much memory to plan for; leave one out")
+    gib = options.vram if options.preset is None else PRESETS[options.preset]
+    if gib is not None:
+        return round(gib * GIB)
+    if processes > 1 and _on_cpu(options.device or config.get("device")):
+        return free_memory(torch.device("cpu")) // processes
+    return None
 
 
 def _make_cache(folder: Path) -> None:

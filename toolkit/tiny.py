@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import shutil
@@ -29,12 +28,11 @@ from .opening import add_parts, choose_device, is_demo, open_for_people, parts_o
 from .runtime.files import save_tensors
 from .training.checkpoint import Checkpoint
 from .training.data import scan
-from .training.families import VAE_PREFIX
 from .training.image_samples import ImageSampleRequest, make_image_samples
 from .training.loop import raise_on_stops
 from .training.memory import size as told
 from .training.networks import decode_latents, encode_images, place
-from .training.plan import duration
+from .training.plan import duration, nearest
 from .training.prompts import built_in_prompts, read_prompts, style_of
 from .training.samples import Samples, content_key, derived_seed, kept_samples, latent_bytes, shard_path
 from .training.settings import SMALL_PARAMETERS
@@ -108,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_to_free(device)
     vae = place(checkpoint.vae(), device).eval().requires_grad_(False)
     source = _source(asked, checkpoint, vae, device)
-    folder = asked.cache_dir / f"decoder-{content_key([source.key, _vae_sha256(checkpoint)])}"
+    folder = asked.cache_dir / f"decoder-{content_key([source.key, checkpoint.vae_sha256()])}"
     state = asked.out.with_suffix(".state")
     if asked.resume:
         if not state.exists():
@@ -252,7 +250,7 @@ def _seen(asked: argparse.Namespace, checkpoint: Checkpoint, vae: Any) -> Source
     if side < cell:
         raise BadInput(f"--resolution {side}: expected at least {cell}")
     request = ImageSampleRequest(
-        teacher=_vae_sha256(checkpoint),
+        teacher=checkpoint.vae_sha256(),
         scan=scan(asked.data, uncaptioned=""),
         negative="",
         sizes=bucket_sizes(side // cell * cell, cell=max(cell, 64 if side >= 256 else cell)),
@@ -308,16 +306,6 @@ def _prompts(asked: argparse.Namespace, checkpoint: Checkpoint) -> list[str]:
     if is_demo(checkpoint):
         return demo_prompts(asked.pictures, seed=asked.seed)
     return built_in_prompts(asked.pictures, seed=asked.seed, style=style_of(checkpoint.name))
-
-
-def _vae_sha256(checkpoint: Checkpoint) -> str:
-    digest = hashlib.sha256()
-    for key, value in sorted(checkpoint.tensors.items()):
-        if key.startswith(VAE_PREFIX):
-            digest.update(
-                key.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-            )
-    return digest.hexdigest()
 
 
 def _plan(
@@ -399,7 +387,7 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _require_room(asked: argparse.Namespace, needed: int) -> None:
-    place = next(p for p in (asked.cache_dir.resolve(), *asked.cache_dir.resolve().parents) if p.exists())
+    place = nearest(asked.cache_dir)
     if (free := shutil.disk_usage(place).free) < needed:
         raise BadInput(
             f"{told(needed)} of pictures are kept, and {place} has {told(free)} free; choose another "
@@ -420,7 +408,7 @@ def _lazily(load: Callable[[], Latents]) -> Latents:
 
 
 def _write(tiny: Any, asked: argparse.Namespace, checkpoint: Checkpoint) -> list[Path]:
-    metadata = {"fewstep.tiny": json.dumps({"of": checkpoint.name, "vae": _vae_sha256(checkpoint)})}
+    metadata = {"fewstep.tiny": json.dumps({"of": checkpoint.name, "vae": checkpoint.vae_sha256()})}
     files = [asked.out]
     save_tensors(taesd_tensors(tiny, "decoder"), metadata, asked.out)
     if asked.encoder:

@@ -218,11 +218,11 @@ class Checkpoint:
 
     def carried_sha256(self) -> str:
         """Of what :meth:`carried` holds: tells one replaced VAE or text encoder from another."""
-        digest = hashlib.sha256()
-        for key, value in sorted(self.carried().items()):
-            digest.update(key.encode())
-            digest.update(tensor_bytes(value))
-        return digest.hexdigest()
+        return _sha256_by_key(self.carried())
+
+    def vae_sha256(self) -> str:
+        """Of the VAE's tensors, whatever the rest of the file is."""
+        return _sha256_by_key({k: v for k, v in self.tensors.items() if k.startswith(VAE_PREFIX)})
 
     def _known(
         self, part: Part, network: torch.nn.Module, tensors: Mapping[str, Tensor]
@@ -311,6 +311,14 @@ def open_checkpoint(
         clip_skip=1 if spec is None else spec.clip_skip,
         tokenizer_from=None if tokenizer is None else "hub" if str(tokenizer) == "hub" else Path(tokenizer),
     )
+
+
+def _sha256_by_key(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        digest.update(key.encode())
+        digest.update(tensor_bytes(value))
+    return digest.hexdigest()
 
 
 def save_student(

@@ -268,7 +268,7 @@ def require_disk(plan: Plan, *, out: Path, cache: Path) -> None:
     """BadInput when the disks of the two folders cannot take what the plan writes."""
     needs: dict[int, tuple[Path, int]] = {}
     for folder, count in ((cache, plan.disk["samples"]), (out, plan.disk["students"] + plan.disk["state"])):
-        place = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
+        place = nearest(folder)
         device = place.stat().st_dev
         needs[device] = (place, needs.get(device, (place, 0))[1] + count)
     for place, count in needs.values():
@@ -277,6 +277,11 @@ def require_disk(plan: Plan, *, out: Path, cache: Path) -> None:
                 f"this run writes up to {size(count)}, but the disk of {place} has {size(free)} free; free "
                 "some space, or choose --out and --cache-dir on another disk"
             )
+
+
+def nearest(folder: Path) -> Path:
+    """The folder itself, or what of the way to it is there: it tells the disk."""
+    return next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
 
 
 def duration(seconds: float) -> str:
