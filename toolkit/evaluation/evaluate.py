@@ -215,9 +215,10 @@ class Evaluation:
                 yield from self._group(guidance, strength, self.images_to_start_from(guidance))
             for size in self.request.sizes:
                 yield from self._group(guidance, 1.0, None, size=size)
-            for strength in self.request.second_passes:
+            if self.request.second_passes:
                 enlarged, size = self.images_to_enlarge(guidance)
-                yield from self._group(guidance, strength, enlarged, size=size, task="second")
+                for strength in self.request.second_passes:
+                    yield from self._group(guidance, strength, enlarged, size=size, task="second")
             if self.teacher.inpaint:
                 yield from self._group(guidance, 1.0, None, self.to_fill(guidance), task="fill")
 

@@ -7,7 +7,7 @@ Figures are *scaled* so that the first is 0 and the second 1. docs/judging.md ex
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,10 +116,7 @@ class Standing:
 
 def standings(rows: Sequence[Row]) -> list[Standing]:
     """Of all students whose rows were measured with eyes."""
-    return list(_standings(rows))
-
-
-def _standings(rows: Sequence[Row]) -> Iterator[Standing]:
+    found: list[Standing] = []
     for student in rows:
         if student["model"] != "student":
             continue
@@ -131,7 +128,8 @@ def _standings(rows: Sequence[Row]) -> Iterator[Standing]:
             if row["sampler"] == "dpmpp_2m" and row["evaluations"] >= student["evaluations"]
         ]
         if other is not None and free:
-            yield Standing(student, other, min(free, key=lambda row: row["evaluations"]))
+            found.append(Standing(student, other, min(free, key=lambda row: row["evaluations"])))
+    return found
 
 
 def _group(row: Row) -> tuple[Any, ...]:
