@@ -29,7 +29,7 @@ def test_updates_fill_the_hours_less_a_margin_and_phases_keep_their_proportions(
     assert found.updates[0] / found.updates[1] == pytest.approx(1.5, rel=0.01)
     assert seconds(found, CHAIN) == pytest.approx(8 * 3600 * 0.9, rel=0.01)
     assert found.says == (
-        "8 h allow 0.65 of the usual updates of method progressive, which was chosen because that is enough "
+        "8 h allow 65% of the usual updates of method progressive, which was chosen because that is enough "
         "for all of its phases"
     )
 
@@ -37,7 +37,7 @@ def test_updates_fill_the_hours_less_a_margin_and_phases_keep_their_proportions(
 def test_a_chain_with_too_few_updates_gives_way_to_one_fold_and_the_sentence_says_so():
     found = fitted(3, CHAIN, FOLD)
     assert found.method == "sfddm" and seconds(found, FOLD) == pytest.approx(3 * 3600 * 0.9, rel=0.01)
-    assert "chosen because progressive would have only 0.2" in found.says
+    assert "chosen because progressive would have only 25% of its own" in found.says
 
 
 def test_a_method_that_was_asked_for_is_kept():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -399,6 +400,8 @@ def test_a_stopped_run_is_finished_early_goes_on_and_starts_another(
     assert [path.name for path in (tmp_path / "further" / "students").iterdir()] == ["1.safetensors"]
     page = (tmp_path / "further" / "report.html").read_text(encoding="utf-8")
     assert "a student of 2 steps, method progressive" in page
+    assert "No pictures were compared (--report-prompts 0)" in page
+    assert re.search(r"updates \d+</", page) and not re.search(r"[(\[][\d.]*,?[)\]]", page.split("Loss")[0])
 
 
 def test_hours_choose_updates_and_method_and_say_why(arguments, call, tmp_path, capsys, caplog):
@@ -408,7 +411,7 @@ def test_hours_choose_updates_and_method_and_say_why(arguments, call, tmp_path, 
     with caplog.at_level("INFO"):
         call([*arguments, "--hours", "1000", "--dry-run", "--json"])
     answer = json.loads(capsys.readouterr().out)
-    assert "1000 h allow 4 of the usual updates of method progressive" in caplog.text
+    assert "1000 h allow 4 times the usual updates of method progressive" in caplog.text
     assert answer["settings"]["updates"] == [6000, 2400, 2400, 3200]
     assert answer["reasons"]["updates"] == "--hours 1000"
     with pytest.raises(BadInput, match=r"--hours 1e-05 is too short on this machine: .* take about .* h"):

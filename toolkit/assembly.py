@@ -94,6 +94,10 @@ log = logging.getLogger("fewstep")
 
 DEMO_SAMPLES = 192
 """Pictures of each model that the demo's report measures."""
+UNSEEN = (
+    "No pictures were compared (--report-prompts 0), so nothing is said about quality here; python -m "
+    "toolkit.evaluate compares them."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -757,7 +761,8 @@ def _make_samples(
     def shared(shards: Iterable[int]) -> Generator[int]:
         ranks.wait()  # all have seen which are missing
         mine = ranks.mine(list(shards))
-        yield from tqdm(mine, desc="pictures", unit="shard", dynamic_ncols=True, disable=not ranks.writes)
+        quiet = not (mine and ranks.writes)
+        yield from tqdm(mine, desc="pictures", unit="shard", dynamic_ncols=True, disable=quiet)
         ranks.wait()
 
     if ranks.count > 1:
@@ -957,7 +962,7 @@ def _report(
     not over.
     """
     out = Path(settings.out)
-    shown = Showcase((), (), None)
+    shown = Showcase((), (), UNSEEN)
     if settings.report_prompts:
         encoder = phases[-1].grid.ascending
         shown = (
@@ -968,11 +973,12 @@ def _report(
     curves = [json.loads(line) for line in (out / "run.jsonl").read_text(encoding="utf-8").splitlines()]
     low, high = settings.guidance
     plural = "s" if settings.steps > 1 else ""
+    options = [f"{name} {_told(value)}" for name, value in settings.method_config.items()]
     facts = {
         "teacher": f"{teacher.checkpoint.name}, SHA-256 {teacher.checkpoint.sha256[:12]}",
         "student": f"{settings.steps} evaluation{plural} a picture, predicts {phases[-1].prediction_type}",
         "guidance": f"{low:g} to {high:g}, {settings.guidance_default:g} by default",
-        "method": f"{settings.method}: " + ", ".join(f"{k} {v}" for k, v in settings.method_config.items()),
+        "method": f"{settings.method}: {', '.join(options)}",
         "trained": "every weight"
         if settings.rank is None
         else f"a LoRA of rank {settings.rank}, and the guidance input",
@@ -980,7 +986,7 @@ def _report(
         **({"started from": _earlier_told(teacher.earlier.spec)} if teacher.earlier else {}),
         "data": data,
         **({"masks": SHARES} if teacher.checkpoint.inpaint else {}),
-        "training": f"batch {settings.batch_size}, lr {settings.lr:g}, updates {settings.updates}",
+        "training": f"batch {settings.batch_size}, lr {settings.lr:g}, updates {_told(settings.updates)}",
         "seed": str(settings.seed),
         **_use(teacher.checkpoint),
         **{f"LoRA {lora.name}": f"merged at strength {lora.strength:g}" for lora in teacher.checkpoint.loras},
@@ -1001,6 +1007,11 @@ def _report(
     for number, (_, image) in enumerate(shown.pictures, 1):
         save_png(image, out / "samples" / f"report-{number}.png")
     return shown.verdict
+
+
+def _told(value: Any) -> str:
+    """A setting for people."""
+    return " ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value)
 
 
 def _earlier_told(spec: StudentSpec) -> str:

@@ -70,16 +70,16 @@ def fit(offers: Sequence[Offer], *, hours: float, report: float, asked: bool) ->
         shares.append(share)
         if share >= (LEAST_SHARE if number == len(offers) - 1 else CHAIN_SHARE):
             used = min(share, MOST_SHARE)
-            says = f"{hours:g} h allow {used:.2g} of the usual updates of method {offer.method}"
+            says = f"{hours:g} h allow {_of_usual(used)} the usual updates of method {offer.method}"
             if number:
                 says = (
                     f"{says}, which was chosen because {offers[0].method} would have only "
-                    f"{max(0.0, shares[0]):.2g} of its own"
+                    f"{_of_usual(max(0.0, shares[0]))} its own"
                 )
             elif not asked and len(offers) > 1:
                 says = f"{says}, which was chosen because that is enough for all of its phases"
             if share > MOST_SHARE:
-                says += f"; {share:.2g} would fit, and more than {MOST_SHARE:g} was never tried"
+                says += f"; {share:.2g} times would fit, and more than {MOST_SHARE:g} was never tried"
             if pictures < offer.pictures:
                 says += f"; {pictures} of the teacher's pictures instead of {offer.pictures}"
             return Fit(offer.method, tuple(max(1, round(u * used)) for u in offer.usual), pictures, says)
@@ -87,6 +87,10 @@ def fit(offers: Sequence[Offer], *, hours: float, report: float, asked: bool) ->
         f"--hours {hours:g} is too short on this machine: {_least(offers[-1], report)}; give that much, or "
         "try a smaller --resolution"
     )
+
+
+def _of_usual(share: float) -> str:
+    return f"{share:.0%} of" if share < 1 else f"{share:.2g} times"
 
 
 def _pictures(offer: Offer, room: float) -> int:
@@ -102,7 +106,7 @@ def _least(offer: Offer, report: float) -> str:
     seconds = offer.data * pictures / offer.pictures + LEAST_SHARE * offer.training + report
     hours = math.ceil(10 * seconds / (1 - MARGIN) / 3600) / 10
     data = f" and {pictures} of the teacher's pictures" if offer.data else ""
-    return f"{LEAST_SHARE:.0%} of the usual updates of method {offer.method}{data} take about {hours:g} h"
+    return f"{_of_usual(LEAST_SHARE)} the usual updates of method {offer.method}{data} take about {hours:g} h"
 
 
 def fit_run(
