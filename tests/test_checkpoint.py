@@ -456,6 +456,10 @@ def test_the_vocabulary_is_looked_for_beside_the_checkpoint_then_in_the_host_the
     mine = host / "models" / "checkpoints" / "model.safetensors"
     monkeypatch.setattr(vocabulary, "__file__", str(tmp_path / "elsewhere" / "v.py"))
     assert str(host) in vocabulary.load_tokenizer(None, beside=mine).name_or_path
+    student = tmp_path / "runs" / "mine" / "students" / "4.safetensors"
+    student.parent.mkdir(parents=True)
+    (student.parents[1] / "config.toml").write_text(f"ckpt = {json.dumps(str(mine))}\n", encoding="utf-8")
+    assert str(host) in vocabulary.load_tokenizer(None, beside=student).name_or_path
     make_tokenizer(tmp_path / "tokenizer")
     assert str(tmp_path / "tokenizer") in opened.tokenizer().name_or_path
 

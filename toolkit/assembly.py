@@ -1066,10 +1066,10 @@ def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher, stu
     if teacher.checkpoint.unet_parameters >= SMALL_PARAMETERS:
         counts = {settings.steps}
     dtype, turns = DTYPES[settings.precision], Turns(settings.device)
-    words = TOKENIZER if settings.demo else _words_beside(settings)
 
     def painter(path: Path) -> Painter:
-        opened = open_for_people(path, tokenizer=_path(settings.tokenizer) or words)
+        words = _path(settings.tokenizer) or (TOKENIZER if settings.demo else None)
+        opened = open_for_people(path, tokenizer=words)
         opened = dataclasses.replace(opened, embeddings=teacher.checkpoint.embeddings)
         return Painter.open(opened, device=settings.device, dtype=dtype, turns=turns)
 
@@ -1095,8 +1095,7 @@ def _showcase(settings: Settings, phases: Sequence[Phase], teacher: Teacher, stu
 def _encoder_showcase(settings: Settings, teacher: Teacher, student: Path) -> Showcase:
     """Round trips and edits: of drawings in the demo, elsewhere of the teacher's own pictures."""
     dtype = DTYPES[settings.precision]
-    words = _path(settings.tokenizer) or _words_beside(settings)
-    opened = open_for_people(student, tokenizer=words)
+    opened = open_for_people(student, tokenizer=_path(settings.tokenizer))
     opened = dataclasses.replace(opened, embeddings=teacher.checkpoint.embeddings)
     encoder, decoder = (
         Painter.open(checkpoint, device=settings.device, dtype=dtype)
@@ -1111,14 +1110,6 @@ def _encoder_showcase(settings: Settings, teacher: Teacher, student: Path) -> Sh
         images = decoder.paint(before, seeds=range(seed, seed + len(before)), guidance=guidance)
         after = [*before[1:], before[0]]
     return encoder_showcase(encoder, decoder, images, before, after, guidance=guidance)
-
-
-def _words_beside(settings: Settings) -> Path | None:
-    """The folder beside or of the teacher that has a tokenizer, for its students stand elsewhere."""
-    if settings.ckpt is None:
-        return None
-    folder = Path(settings.ckpt) if Path(settings.ckpt).is_dir() else Path(settings.ckpt).parent
-    return folder if (folder / "tokenizer").is_dir() else None
 
 
 def _yardstick(seed: int) -> Yardstick:

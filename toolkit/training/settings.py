@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,15 @@ def _is_of_kind(value: Any, kind: Any) -> bool:
     if kind == tuple[float, float]:
         return isinstance(value, list) and len(value) == 2 and all(_is_of_kind(item, float) for item in value)
     return isinstance(value, str)
+
+
+def trained_on(student: Path) -> Path | None:
+    """The checkpoint that the run named in whose folder a student lies; None where it lies elsewhere."""
+    for folder in student.absolute().parents[:2]:
+        with suppress(OSError, BadInput, tomllib.TOMLDecodeError):
+            named = tomllib.loads(read_text(folder / "config.toml")).get("ckpt")
+            return Path(named) if isinstance(named, str) else None
+    return None
 
 
 def to_toml(settings: Settings) -> str:

@@ -1,7 +1,8 @@
 """CLIP's vocabulary, found without a network: 49,408 tokens that checkpoint files do not carry.
 
-In order: the path that was given; the checkpoint folder's own; the host's copy, when this repository sits in
-ComfyUI's ``custom_nodes``; an installed package that carries OpenAI's BPE file; the hub, only when asked for.
+In order: the path that was given; the checkpoint folder's own, or the copy of the ComfyUI around it; those of
+the teacher, for a student in its run's folder; the host's, when this repository sits in ComfyUI's
+``custom_nodes``; an installed package that carries OpenAI's BPE file; the hub, only when asked for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from transformers import CLIPTokenizer
 
 from ..diffusion.errors import BadInput
+from .settings import trained_on
 
 HUB = "openai/clip-vit-large-patch14"
 MERGES = 49_152 - 256 - 2
@@ -65,12 +67,14 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def _folders(beside: Path | None, folder: str) -> Iterator[Path]:
-    """Where a tokenizer folder may stand: within or next to the checkpoint, and in the ComfyUI around it or
-    around us."""
-    if beside is not None:
+    """Where a tokenizer folder may stand: within or next to the checkpoint or its teacher, and in the ComfyUI
+    around them or around us."""
+    for checkpoint in (beside, beside and trained_on(beside)):
+        if checkpoint is None:
+            continue
         for name in dict.fromkeys((folder, "tokenizer")):
-            yield (beside if beside.is_dir() else beside.parent) / name
-        for parent in beside.absolute().parents:
+            yield (checkpoint if checkpoint.is_dir() else checkpoint.parent) / name
+        for parent in checkpoint.absolute().parents:
             yield parent / "comfy" / "sd1_tokenizer"
     for parent in Path(__file__).parents:
         if parent.name == "custom_nodes":
