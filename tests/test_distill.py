@@ -429,8 +429,11 @@ def test_a_single_fold_to_a_list_of_timesteps_stochastic_unguided_and_as_a_lora(
         del arguments[place : place + 2]
     arguments[arguments.index("--guidance") + 2] = "1"
     wanted = ["--method", "sfddm", "--timesteps", "999", "320", "--sampler", "stochastic", "--rank", "2"]
-    call([*arguments, *wanted, "--report-prompts", "1", "--on-policy", "0.5", "--inside", "0"])
+    wanted += ["--on-policy", "0.5", "--inside", "0", "--resolution", "64x32"]
+    call([*arguments, *wanted, "--report-prompts", "1"])
     out = tmp_path / "run"
+    assert open_checkpoint(out / "student.safetensors").resolution == (64, 32)
+    assert "64 x 32" in (out / "report.html").read_text(encoding="utf-8")
     for file, container in (("student", "checkpoint"), ("student-lora", "lora")):
         spec = read_spec(out / f"{file}.safetensors")
         assert spec is not None and spec.timesteps == (999, 320) and spec.sampler == "stochastic"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import html
 import json
 from dataclasses import replace
@@ -319,6 +320,15 @@ def test_the_command_writes_rows_and_pictures(folder, tmp_path, capsys):
     }
     assert {row["steps"] for row in rows if row["model"] == "teacher"} == {3, 2, 1}
     assert {file.name for file in tmp_path.glob("*.png")} == {"guidance.png", "steps.png", "strength.png"}
+
+
+def test_the_teacher_paints_at_its_students_size(folder):
+    asked = argparse.Namespace(embedding=[], clip_skip=None, cfg_rescale=None)
+    teacher, student = (open_checkpoint(folder / f"{name}.safetensors") for name in ("teacher", "students/2"))
+    wide = replace(student, resolution=(64, 32))
+    assert evaluate._used_alike(teacher, {"wide": wide}, asked)[0].resolution == (64, 32)
+    with pytest.raises(BadInput, match="32 x 32 and 64 x 32 pixels; evaluate them apart"):
+        evaluate._used_alike(teacher, {"wide": wide, "usual": student}, asked)
 
 
 def test_students_of_one_file_name_are_told_apart_by_their_folders(tmp_path):

@@ -882,9 +882,10 @@ def _write_student(
 ) -> Path:
     """The student of a phase with these weights; in LoRA mode its LoRA beside it. Answers where it is."""
     spec, dtype = _spec(settings, checkpoint, phase), DTYPES[settings.dtype]
+    source = dataclasses.replace(checkpoint, resolution=settings.size)
     if settings.student == "lora":
-        return save_lora_student(path, state, spec=spec, source=checkpoint, dtype=dtype)
-    return save_student(path, unet_state=state, spec=spec, source=checkpoint, dtype=dtype)
+        return save_lora_student(path, state, spec=spec, source=source, dtype=dtype)
+    return save_student(path, unet_state=state, spec=spec, source=source, dtype=dtype)
 
 
 def finish(
@@ -962,6 +963,8 @@ def _report(
     not over.
     """
     out = Path(settings.out)
+    sized = dataclasses.replace(teacher.checkpoint, resolution=settings.size)
+    teacher = dataclasses.replace(teacher, checkpoint=sized)
     shown = Showcase((), (), UNSEEN)
     if settings.report_prompts:
         encoder = phases[-1].grid.ascending

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import logging
@@ -318,8 +319,12 @@ def _used_alike(
     teacher: Checkpoint, students: Mapping[str, Checkpoint], asked: argparse.Namespace
 ) -> tuple[Checkpoint, dict[str, Checkpoint]]:
     """The teacher with the clip skip and rescaled guidance that its first student was trained with, where
-    nothing else was said; all with the same textual inversions.
+    nothing else was said; all with the same textual inversions, and at the size of the students.
     """
+    sizes = sorted({student.resolution for student in students.values()})
+    if len(sizes) > 1:
+        told = " and ".join(f"{width} x {height}" for width, height in sizes)
+        raise BadInput(f"the students were trained for pictures of {told} pixels; evaluate them apart")
     spec = next((student.spec for student in students.values() if student.spec is not None), None)
     used = with_prompting(
         teacher,
@@ -327,7 +332,7 @@ def _used_alike(
         clip_skip=spec.clip_skip if spec and asked.clip_skip is None else asked.clip_skip,
         cfg_rescale=spec.cfg_rescale if spec and asked.cfg_rescale is None else asked.cfg_rescale,
     )
-    return used, {
+    return dataclasses.replace(used, resolution=sizes[0]), {
         name: with_prompting(student, embeddings=asked.embedding) for name, student in students.items()
     }
 
@@ -338,8 +343,8 @@ def _identities(
     asked: argparse.Namespace,
     prompts: Sequence[str],
 ) -> dict[str, str]:
-    """What tells each model's pictures from another's: its file, other parts, precision and device."""
-    parts = (*parts_of(asked).values(), asked.precision, asked.device)
+    """What tells each model's pictures from another's: its file, other parts, precision, device and size."""
+    parts = (*parts_of(asked).values(), asked.precision, asked.device, teacher.resolution)
     how = " ".join(map(str, parts))
     every = {teacher.name: teacher, **students}
     loras = {name: "".join(f" {lora}" for lora in checkpoint.loras) for name, checkpoint in every.items()}

@@ -186,7 +186,7 @@ def export_lora(
         patched = dataclasses.replace(student, tensors=kept)
         rounding = max((dtype or torch.float32, student.tensors[W1].dtype), key=lambda d: TOLERANCE[d])
         difference = _compare(_answer(_mapped(patched), probe), answers, dtype=rounding, path=path)
-    notes = (what, f"guidance {guidance:g} is in it: use cfg 1 in hosts", *_prediction_notes(student))
+    notes = (what, f"guidance {guidance:g} is folded in: use cfg 1 in hosts", *_prediction_notes(student))
     return Exported((place.path,), difference, (*notes, *_sampling_notes(spec)))
 
 
