@@ -165,7 +165,9 @@ class OneNetwork:
         self._active: str | None = _STUDENT
         self._network = autocast(UNetNetwork(unet))
         self._settle()
-        self._first = {name: value.detach().clone() for name, value in self._parameters(_STUDENT).items()}
+        self._first = {
+            name: value.detach().to("cpu", copy=True) for name, value in self._parameters(_STUDENT).items()
+        }
 
     def untrained(self) -> Network:
         return self._with(None)
