@@ -283,6 +283,9 @@ def test_the_first_start_makes_the_environment_and_installs_and_the_second_does_
     ]
     assert start.install("test", root, windows=False, run=run) == 0
     assert len(run.commands) == 2
+    for job in ("demo", "distill"):  # of the same packages
+        assert start.install(job, root, windows=False, run=run) == 0
+        assert len(run.commands) == 3
 
 
 def test_pip_is_told_of_the_index_that_has_the_cards_torch(root: Path) -> None:

@@ -120,7 +120,8 @@ def install(
     """
     job = JOBS[name]
     python = environment_python(root, windows=windows)
-    note = root / ".venv" / f"fewstep-{name}.txt"
+    packages = hashlib.sha256(repr(job.packages).encode()).hexdigest()[:8]  # jobs can have the same
+    note = root / ".venv" / f"fewstep-{packages}.txt"
     wanted = fingerprint(job, root)
     if note.exists() and note.read_text(encoding="utf-8") == wanted and python.exists():
         return 0
