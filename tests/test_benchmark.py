@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,19 @@ def test_works_take_turns_and_every_second_round_runs_backwards(monkeypatch: pyt
 
 
 def test_peak_memory_counts_real_tensors_at_their_largest_moment() -> None:
-    def work() -> None:
-        a = torch.ones(1000)  # 4000 bytes
-        b = a * 2
-        del a
-        torch.ones(1500).sum()
-        del b
+    def make() -> Callable[[], None]:
+        held = torch.ones(5000) * torch.ones(5000)  # 20000 bytes stay, 20000 do not
 
-    assert peak_memory(work, CPU) == 4000 + 6000 + 4
+        def work() -> None:
+            a = held[:1000] * 2  # 4000 bytes
+            b = a * 2
+            del a
+            torch.ones(1500).sum()
+            del b
+
+        return work
+
+    assert peak_memory(make, CPU) == 20000 + 4000 + 6000 + 4
 
 
 @pytest.mark.parametrize("name, count", [("sd15", 859_520_964), ("sdxl", 2_567_463_684)])

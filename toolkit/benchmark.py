@@ -385,10 +385,14 @@ def _ratio(values: Sequence[float], *, digits: int = 2) -> str:
     return f"{middle} ({low} to {high})"
 
 
-def _twice(side: LcmReference | Rehearsal) -> None:
-    """The first update makes the optimiser's moments."""
-    for _ in range(2):
-        side.step()
+def _twice(side: LcmReference | Rehearsal) -> Work:
+    """Two updates: the first makes the optimiser's moments."""
+
+    def work() -> None:
+        for _ in range(2):
+            side.step()
+
+    return work
 
 
 def _painting(painter: Painter, asked: Mapping[str, Any]) -> Any:

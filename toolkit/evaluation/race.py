@@ -62,15 +62,16 @@ def ratio(of: Sequence[float], to: Sequence[float]) -> Spread:
     return spread([a / b for a, b in zip(of, to, strict=True)])
 
 
-def peak_memory(work: Work, device: torch.device) -> int:
-    """Bytes of tensors beyond those that are there, at the largest moment of the work: on a GPU as its
-    allocator says, elsewhere counted one by one.
+def peak_memory(make: Callable[[], Work], device: torch.device) -> int:
+    """Bytes of tensors beyond those that are there, at the largest moment of the work that is made: on a GPU
+    as its allocator says, elsewhere counted one by one. What making it takes for a moment does not count.
     """
     gc.collect()
     if device.type != "cuda":
-        return peak_living(work)
+        return peak_living(make)
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
+    work = make()
+    torch.cuda.reset_peak_memory_stats(device)
     work()
     return torch.cuda.max_memory_allocated(device) - before

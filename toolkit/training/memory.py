@@ -223,12 +223,16 @@ def size(count: int) -> str:
 def peak(work: Callable[[], object]) -> int:
     """:func:`peak_living` on the meta device."""
     with _flash_attention():
-        return peak_living(work)
+        return peak_living(lambda: work)
 
 
-def peak_living(work: Callable[[], object]) -> int:
-    """Bytes of the tensors that the work makes, when most of them live."""
+def peak_living(make: Callable[[], Callable[[], object]]) -> int:
+    """Bytes of the tensors that ``make`` and the work that it gives have made, when most of them live during
+    the work; what the making takes for a moment does not count.
+    """
     with _Living() as living:
+        work = make()
+        living.most = living.now
         work()
     return living.most
 
