@@ -460,20 +460,32 @@ def test_the_vocabulary_is_looked_for_beside_the_checkpoint_then_in_the_host_the
     student.parent.mkdir(parents=True)
     (student.parents[1] / "config.toml").write_text(f"ckpt = {json.dumps(str(mine))}\n", encoding="utf-8")
     assert str(host) in vocabulary.load_tokenizer(None, beside=student).name_or_path
+    forge = tmp_path / "forge"
+    make_tokenizer(forge / "backend" / "huggingface" / "runwayml" / "stable-diffusion-v1-5" / "tokenizer")
+    mine = forge / "models" / "Stable-diffusion" / "model.safetensors"
+    assert str(forge) in vocabulary.load_tokenizer(None, beside=mine).name_or_path
     make_tokenizer(tmp_path / "tokenizer")
     assert str(tmp_path / "tokenizer") in opened.tokenizer().name_or_path
 
 
-def test_openais_vocabulary_is_read_from_an_installed_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "environment", [".", "venv/lib/python3.10/site-packages", "system/python/Lib/site-packages"]
+)
+def test_openais_vocabulary_is_read_from_a_package_that_is_installed_here_or_in_a1111(
+    environment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A package of the same layout with two merge rules; the true one is read where it is installed."""
-    (tmp_path / "open_clip").mkdir()
-    (tmp_path / "open_clip" / "__init__.py").write_text("raise ImportError('must not be imported')")
+    packages = tmp_path / environment
+    (packages / "open_clip").mkdir(parents=True)
+    (packages / "open_clip" / "__init__.py").write_text("raise ImportError('must not be imported')")
     rules = gzip.compress(b'"bpe_simple_vocab_16e6.txt#version: 0.2\nc a\nca t</w>\n')
-    (tmp_path / "open_clip" / "bpe_simple_vocab_16e6.txt.gz").write_bytes(rules)
-    monkeypatch.syspath_prepend(tmp_path)
-    tokenizer = vocabulary.load_tokenizer(None, length=8)
+    (packages / "open_clip" / "bpe_simple_vocab_16e6.txt.gz").write_bytes(rules)
+    if environment == ".":
+        monkeypatch.syspath_prepend(tmp_path)
+    else:
+        monkeypatch.setattr(vocabulary, "_package_folders", lambda *_: iter(()))
+    model = tmp_path / "models" / "Stable-diffusion" / "model.safetensors"
+    tokenizer = vocabulary.load_tokenizer(None, beside=model, length=8)
     assert len(tokenizer) == 516
     ids = tokenizer("Cat", padding="max_length").input_ids
     assert ids == [514, 513, 515, *[515] * 5]

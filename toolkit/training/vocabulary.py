@@ -1,8 +1,9 @@
 """CLIP's vocabulary, found without a network: 49,408 tokens that checkpoint files do not carry.
 
-In order: the path that was given; the checkpoint folder's own, or the copy of the ComfyUI around it; those of
-the teacher, for a student in its run's folder; the host's, when this repository sits in ComfyUI's
-``custom_nodes``; an installed package that carries OpenAI's BPE file; the hub, only when asked for.
+In order: the path that was given; the checkpoint folder's own, or the copy of the host around it; those of the
+teacher, for a student in its run's folder; the host's, when this repository sits in ComfyUI's
+``custom_nodes``; a package that carries OpenAI's BPE file, installed here or in that host's environment; the
+hub, only when asked for.
 """
 
 from __future__ import annotations
@@ -23,6 +24,17 @@ from .settings import trained_on
 HUB = "openai/clip-vit-large-patch14"
 MERGES = 49_152 - 256 - 2
 """Merge rules of CLIP's that are used, of the more that OpenAI's file lists."""
+
+_HOSTS = (
+    "comfy/sd1_tokenizer",
+    "backend/huggingface/runwayml/stable-diffusion-v1-5/tokenizer",  # Forge
+    "ldm_patched/modules/sd1_tokenizer",  # reForge
+)
+_ENVIRONMENTS = (
+    "venv/Lib/site-packages",
+    "venv/lib/python3.*/site-packages",
+    "system/python/Lib/site-packages",  # of A1111's package for Windows
+)
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
@@ -52,7 +64,7 @@ def load_tokenizer(
     for found in _folders(beside, folder):
         if _is_tokenizer(found):
             return _from_folder(found, length)
-    for text in _installed_bpe():
+    for text in _installed_bpe(beside):
         return _from_bpe(text, length)
     raise BadInput(_HOW)
 
@@ -67,26 +79,36 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def _folders(beside: Path | None, folder: str) -> Iterator[Path]:
-    """Where a tokenizer folder may stand: within or next to the checkpoint or its teacher, and in the ComfyUI
+    """Where a tokenizer folder may stand: within or next to the checkpoint or its teacher, and in the host
     around them or around us."""
-    for checkpoint in (beside, beside and trained_on(beside)):
-        if checkpoint is None:
-            continue
+    for checkpoint in _checkpoints(beside):
         for name in dict.fromkeys((folder, "tokenizer")):
             yield (checkpoint if checkpoint.is_dir() else checkpoint.parent) / name
         for parent in checkpoint.absolute().parents:
-            yield parent / "comfy" / "sd1_tokenizer"
+            yield from (parent / place for place in _HOSTS)
     for parent in Path(__file__).parents:
         if parent.name == "custom_nodes":
             yield parent.parent / "comfy" / "sd1_tokenizer"
 
 
-def _installed_bpe() -> Iterator[str]:
+def _checkpoints(beside: Path | None) -> list[Path]:
+    """A checkpoint, and of a student its teacher."""
+    return [path for path in (beside, beside and trained_on(beside)) if path is not None]
+
+
+def _installed_bpe(beside: Path | None) -> Iterator[str]:
     """OpenAI's BPE file from installed packages, which are located but not imported.
 
     instant_clip_tokenizer holds it as plain text inside its compiled module.
     """
-    for folder in _package_folders("open_clip", "clip"):
+    parents = [parent for checkpoint in _checkpoints(beside) for parent in checkpoint.absolute().parents]
+    of_host = (
+        found
+        for parent in parents
+        for place in _ENVIRONMENTS
+        for found in sorted(parent.glob(f"{place}/open_clip"))
+    )
+    for folder in (*_package_folders("open_clip", "clip"), *of_host):
         if (file := folder / _BPE_NAME).is_file():
             yield gzip.decompress(file.read_bytes()).decode()
     for folder in _package_folders("instant_clip_tokenizer"):
