@@ -1,7 +1,7 @@
 """CLIP's vocabulary, found without a network: 49,408 tokens that checkpoint files do not carry.
 
-In order: the path that was given; the checkpoint folder's own, or the copy of the host around it; those of the
-teacher, for a student in its run's folder; the host's, when this repository sits in ComfyUI's
+In order: the path that was given; the checkpoint folder's own, or the copy of the host around it; those of
+the teacher, for a student in its run's folder; the host's, when this repository sits in ComfyUI's
 ``custom_nodes``; a package that carries OpenAI's BPE file, installed here or in that host's environment; the
 hub, only when asked for.
 """
