@@ -16,12 +16,14 @@ from toolkit.training.samples import GuidanceRange
 CPU = torch.device("cpu")
 
 
-def test_time_is_that_of_evaluations_training_steps_and_updates():
+@pytest.mark.parametrize("optimizer, ema, saved", [("adamw", 0.9, 16), ("adamw8bit", 0.0, 6)])
+def test_time_and_disk_of_a_plan(optimizer: str, ema: float, saved: int):
+    """Of each trained number a state has ``saved`` bytes: value, moments and average."""
     setting = Setting(schedule=NoiseSchedule.scaled_linear(), prediction_type="epsilon", steps=4, guided=True)
     phases = sfddm.phases(sfddm.Config(), setting)
     settings = LoopSettings(
-        updates=(10,), batch_size=8, micro_batch=4, lr=1e-3, warmup=1, clip=1.0, ema=0.9, seed=0,
-        precision="fp32", guidance=GuidanceRange(1, 8), trajectory_share=0.5,
+        updates=(10,), batch_size=8, micro_batch=4, lr=1e-3, warmup=1, clip=1.0, ema=ema, seed=0,
+        precision="fp32", guidance=GuidanceRange(1, 8), trajectory_share=0.5, optimizer=optimizer,
     )  # fmt: skip
     plan = make_plan(
         phases,
@@ -40,6 +42,7 @@ def test_time_is_that_of_evaluations_training_steps_and_updates():
     asked = phase.teacher_evaluations / 2
     assert plan.phases[0].seconds == pytest.approx(10 * (8 * (asked * 2 + 5) + 30))
     assert plan.seconds == pytest.approx(plan.phases[0].seconds + 7 * 2)
+    assert plan.disk["state"] == 2 * saved + 2 * 4
 
 
 def test_measuring_leaves_the_network_as_it_was():

@@ -246,7 +246,8 @@ def settle(
         "precision", chosen.precision, chosen.reasons.get("precision", "the device and the network's size")
     )
     default("student", chosen.student, chosen.reasons["student"])
-    default("averages", chosen.averages, chosen.reasons.get("averages", "the memory allows it"))
+    where = "there is no other memory" if device.startswith("cpu") else "the memory allows it"
+    default("averages", chosen.averages, chosen.reasons.get("averages", where))
     if "rank" in chosen.reasons:
         values["rank"], reasons["rank"] = chosen.rank, chosen.reasons["rank"]
     slow = not small and device.startswith("cpu")

@@ -24,7 +24,7 @@ from ..diffusion.method import Phase
 from .loop import LoopSettings
 from .memory import free_memory, size
 from .networks import DTYPES
-from .optimizers import make_optimizer
+from .optimizers import MOMENTS, make_optimizer
 
 SAMPLED = 2**24
 """Trained numbers, about, on which an update is timed; the time is taken to grow with their count."""
@@ -223,6 +223,8 @@ def make_plan(
     """
 
     on_kept = settings.trajectory_share if on_trajectory else 0.0
+    # While a state takes the place of the one before, both are there, beside the weights of two phases.
+    saved = 4 + MOMENTS[settings.optimizer] + (4 if settings.ema else 0)
     rows = [
         PhasePlan(
             name=phase.name,
@@ -247,7 +249,7 @@ def make_plan(
         disk={
             "samples": sample_bytes,
             "students": student_bytes * (len(phases) + 1),
-            "state": costs.trained * 4 * (2 * 4 + 2),
+            "state": costs.trained * (2 * saved + 2 * 4),
         },
         files=tuple(files),
         route=route,
