@@ -128,7 +128,7 @@ def test_the_teacher_obeys_its_caption_when_guided() -> None:
 
 
 def test_the_inpainting_teacher_fills_in_what_its_caption_says_and_shares_the_rest_with_the_teacher() -> None:
-    from toolkit.demo.inpainting import drawings_to_fill
+    from toolkit.demo.drawings import drawings_to_fill
     from toolkit.demo.judge import load_judge
     from toolkit.evaluation.painter import Fill, Painter
     from toolkit.opening import open_for_people

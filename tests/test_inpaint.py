@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from toolkit import distill, sample
-from toolkit.demo.drawings import prompts, render, scenes
-from toolkit.demo.inpainting import drawings_to_fill, erased_objects, with_mask_input
+from toolkit.demo.drawings import drawings_to_fill, erased_objects, prompts, render, scenes
+from toolkit.demo.inpainting import with_mask_input
 from toolkit.demo.judge import load_judge
 from toolkit.diffusion.blending import Blended
 from toolkit.diffusion.denoiser import Cond, Guided, NetworkDenoiser

@@ -216,3 +216,16 @@ def test_the_runtime_imports_where_the_training_packages_are_absent() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert any(name.startswith("toolkit.runtime.") for name in done.stdout.split())
+
+
+def test_commands_answer_help_without_loading_the_libraries_of_networks() -> None:
+    """They take longer to load than torch itself; psutil does not."""
+    slow = TRAINING_PACKAGES - {"psutil"}
+    files = [path for path in (ROOT / "toolkit").glob("*.py") if "ArgumentParser(" in path.read_text("utf-8")]
+    commands = [f"toolkit.{path.stem}" for path in files]
+    script = f"import sys, {', '.join(commands)}; print(*({slow!r} & sys.modules.keys()))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert len(commands) >= 10 and done.returncode == 0, done.stderr
+    assert done.stdout.split() == []

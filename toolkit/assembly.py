@@ -13,18 +13,16 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
 
 from . import __version__
 from .demo import TEACHER, TOKENIZER
-from .demo.drawings import altered, draw
+from .demo.drawings import altered, draw, drawings_to_fill
 from .demo.drawings import prompts as demo_prompts
-from .demo.inpainting import drawings_to_fill
 from .demo.judge import load_judge
 from .diffusion.denoiser import Cond, Network, NetworkDenoiser
 from .diffusion.errors import BadInput
@@ -89,6 +87,9 @@ from .training.so_far import best_so_far
 from .training.student_lora import lora_path, save_lora_student
 from .training.teacher_samples import TeacherSampleRequest, make_teacher_samples, trajectory_steps
 from .training.tuning import MEMORY_FORMATS, tuned
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 log = logging.getLogger("fewstep")
 

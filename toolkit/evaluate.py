@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from .command import print_json, run
-from .demo.drawings import altered, draw, labels
+from .demo.drawings import altered, draw, drawings_to_fill, labels
 from .demo.drawings import prompts as demo_prompts
-from .demo.inpainting import drawings_to_fill
 from .demo.judge import load_judge
 from .diffusion.errors import BadInput
 from .evaluation.editing import Edits, edit_rows

@@ -41,7 +41,7 @@ from .training.images import load_grey, load_picture, picture_size, size_in_cell
 from .training.lora import with_loras
 from .training.masks import at_latent_size
 from .training.networks import DTYPES, place
-from .training.tiny import AutoencoderTiny, open_tiny
+from .training.tiny import open_tiny
 
 log = logging.getLogger("fewstep")
 
@@ -170,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _tiny(path: Path, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> AutoencoderTiny:
+def _tiny(path: Path, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """BadInput for one of another VAE's latents."""
     tiny = open_tiny(path)
     config = checkpoint.config("vae")

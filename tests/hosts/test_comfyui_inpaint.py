@@ -8,7 +8,7 @@ from hosts.models import Models
 from make_checkpoint import make_spec
 
 from toolkit.demo import INPAINT_TEACHER
-from toolkit.demo.inpainting import drawings_to_fill
+from toolkit.demo.drawings import drawings_to_fill
 from toolkit.evaluation.painter import Fill, Painter
 from toolkit.opening import open_for_people
 from toolkit.training.checkpoint import save_student

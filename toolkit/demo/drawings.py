@@ -9,7 +9,7 @@ half-planes, whose signed distance in pixels gives exact antialiasing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -208,3 +208,25 @@ def _rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     sector = torch.stack([(offset + hue * 6) % 6 for offset in (5.0, 3.0, 1.0)], 1)
     ramp = torch.minimum(sector, 4 - sector).clamp(0, 1)
     return value.unsqueeze(1) * (1 - saturation.unsqueeze(1) * ramp)
+
+
+def erased_objects(what: Scenes) -> Tensor:
+    """Masks (N, 1, 32, 32) over all that may belong to each drawing's object, of one size for all objects."""
+    centre = torch.tensor(CENTRES)
+    axis = torch.arange(SIZE) - (SIZE - 1) / 2
+    x, y = (centre[what.labels["position"]][:, i].view(-1, 1, 1) for i in (0, 1))
+    inside = ((axis.view(1, 1, -1) - x).abs() <= 14) & ((axis.view(1, -1, 1) - y).abs() <= 14)
+    return inside[:, None].float()
+
+
+def drawings_to_fill(prompts: Sequence[str], *, seed: int) -> tuple[Tensor, Tensor]:
+    """Drawings (N, 3, 32, 32) on the backgrounds that the prompts name, of other shapes than they name, and
+    masks over these."""
+    what = scenes(len(prompts), seed=~seed)  # prompts are often drawn from the seed itself, or the next
+    shape, background = what.labels["shape"], what.labels["background"]
+    for row, prompt in enumerate(prompts):
+        said = labels(prompt)
+        background[row] = said.get("background", int(background[row]))
+        if int(shape[row]) == said.get("shape"):
+            shape[row] = (shape[row] + 1) % len(ATTRIBUTES["shape"])
+    return render(what, seed=seed), erased_objects(what)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from ..training.checkpoint import open_checkpoint
 from ..training.masks import draw_masks, inpaint_cond
 from ..training.networks import encode_images, encode_texts
 from . import TEACHER, TOKENIZER
-from .drawings import ATTRIBUTES, CENTRES, SIZE, Scenes, labels, render, scenes
+from .drawings import SIZE, Scenes, render, scenes
 from .storage import write_teacher
 from .teacher import Teacher, follow, loss_weights, noised, said_of
 
@@ -42,28 +41,6 @@ def with_mask_input(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     state["conv_in.weight"] = torch.cat([old, old.new_zeros(len(old), 5, *old.shape[2:])], dim=1)
     wider.load_state_dict(state)
     return wider
-
-
-def erased_objects(what: Scenes) -> Tensor:
-    """Masks (N, 1, 32, 32) over all that may belong to each drawing's object, of one size for all objects."""
-    centre = torch.tensor(CENTRES)
-    axis = torch.arange(SIZE) - (SIZE - 1) / 2
-    x, y = (centre[what.labels["position"]][:, i].view(-1, 1, 1) for i in (0, 1))
-    inside = ((axis.view(1, 1, -1) - x).abs() <= 14) & ((axis.view(1, -1, 1) - y).abs() <= 14)
-    return inside[:, None].float()
-
-
-def drawings_to_fill(prompts: Sequence[str], *, seed: int) -> tuple[Tensor, Tensor]:
-    """Drawings (N, 3, 32, 32) on the backgrounds that the prompts name, of other shapes than they name, and
-    masks over these."""
-    what = scenes(len(prompts), seed=~seed)  # prompts are often drawn from the seed itself, or the next
-    shape, background = what.labels["shape"], what.labels["background"]
-    for row, prompt in enumerate(prompts):
-        said = labels(prompt)
-        background[row] = said.get("background", int(background[row]))
-        if int(shape[row]) == said.get("shape"):
-            shape[row] = (shape[row] + 1) % len(ATTRIBUTES["shape"])
-    return render(what, seed=seed), erased_objects(what)
 
 
 def train_inpainting_teacher(

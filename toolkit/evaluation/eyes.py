@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPModel, CLIPProcessor
 
 from ..diffusion.denoiser import Cond, NetworkDenoiser, expand_cond
 from ..diffusion.errors import BadInput
@@ -145,6 +144,8 @@ class Clip:
     @classmethod
     def open(cls, folder: Path, device: torch.device | str = "cpu") -> Clip:
         """From a folder as CLIPModel.save_pretrained and CLIPProcessor.save_pretrained write it."""
+        from transformers import CLIPModel, CLIPProcessor
+
         try:
             model = CLIPModel.from_pretrained(folder, local_files_only=True)
             processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)

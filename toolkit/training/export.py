@@ -15,16 +15,11 @@ import os
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from torch.nn import Parameter
-from transformers import CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from ..diffusion.denoiser import Cond
 from ..diffusion.errors import BadInput
@@ -47,6 +42,11 @@ from .networks import added_conditions, random_cond
 from .sidecar import check_sidecar, is_ours, sidecar, sidecar_path
 from .student_lora import LORA_COND_PROJ, LORA_DIFF, LORA_DIFF_BIAS, lora_path
 from .vocabulary import save_tokenizer
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from transformers import CLIPTokenizer
 
 W1, B1 = UNET_PREFIX + "time_embed.0.weight", UNET_PREFIX + "time_embed.0.bias"
 
@@ -235,6 +235,8 @@ def export_diffusers(student: Checkpoint, path: Path, *, dtype: torch.dtype | No
 def pipeline_scheduler(spec: StudentSpec) -> DPMSolverMultistepScheduler:
     """The stock scheduler that walks trailing grids exactly, ending on clean: DPM-Solver++ of order 1 is
     DDIM."""
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
     return DPMSolverMultistepScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -282,6 +284,9 @@ def _inpaint_pipeline_class(family: Family) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Generator[None, None, None]:
     """Without the progress bars and hints that diffusers and transformers print on stderr."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
     levels = [library.get_verbosity() for library in libraries]
     for library in libraries:

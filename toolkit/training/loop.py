@@ -27,10 +27,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import Parameter
 from tqdm import tqdm
@@ -50,6 +49,9 @@ from .pace import Pace
 from .pilot import LEAST, Pilot, distance, painted
 from .ranks import ALONE, Ranks, as_of
 from .samples import GuidanceRange, Order, Samples, derived_seed, draw_batch
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 log = logging.getLogger("fewstep")
 

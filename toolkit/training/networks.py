@@ -8,13 +8,11 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..diffusion.denoiser import Cond, Network, NetworkDenoiser
 from ..diffusion.guidance import w_embedding
@@ -24,6 +22,10 @@ from ..diffusion.schedule import NoiseSchedule
 from .checkpoint import Checkpoint
 from .families import CLIP_L, TextEncoder, size_ids
 from .prompting import Chunk, chunks_of
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, AutoencoderTiny
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 @dataclass(frozen=True, eq=False)

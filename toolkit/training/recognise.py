@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ..diffusion.errors import BadInput
 from .families import FAMILIES, SD1, UNET_PREFIX, VAE_PREFIX, Family, Part, TextEncoder
@@ -136,6 +133,10 @@ def config_of(
 
 def build(part: Part, config: Mapping[str, Any], family: Family = SD1) -> Any:
     """The part's network on the meta device, in evaluation mode; BadInput for sizes that cannot be."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
     try:
         with torch.device("meta"):
             if part == "unet":

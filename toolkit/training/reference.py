@@ -20,11 +20,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from peft import LoraConfig
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -38,6 +36,9 @@ from .checkpoint import Checkpoint
 from .families import TextEncoder
 from .loop import autocast
 from .networks import DTYPES, UNetNetwork, place, with_sizes
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
 SOLVER_STEPS = 50
 GUIDANCE = (5.0, 15.0)
@@ -194,6 +195,8 @@ class LcmReference:
 
 def _with_lora(unet: UNet2DConditionModel, shape: LoraShape) -> UNet2DConditionModel:
     """The network frozen, with a low-rank update in float32."""
+    from peft import LoraConfig
+
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=shape.rank, lora_alpha=shape.rank, target_modules=list(shape.targets)))
     for parameter in unet.parameters():

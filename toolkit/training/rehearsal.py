@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ..diffusion.denoiser import Guided, NetworkDenoiser
@@ -25,6 +25,9 @@ from .reference import NewUnet
 from .samples import GuidanceRange, Samples
 from .settings import LARGE, SMALL, SMALL_PARAMETERS, phase_updates
 from .teacher_samples import trajectory_steps
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 STEPS = 4
 """Of the student that the run would end with."""

@@ -18,11 +18,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,6 +39,9 @@ from .samples import (
     shard_path,
 )
 from .weights import read_weights
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
 log = logging.getLogger("fewstep")
 
@@ -63,6 +65,8 @@ def new_tiny(vae: Mapping[str, Any]) -> AutoencoderTiny:
 
 
 def _built(levels: int, *, width: int, channels: int, blocks: Sequence[int] = ()) -> AutoencoderTiny:
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+
     return AutoencoderTiny(
         encoder_block_out_channels=(width,) * levels,
         decoder_block_out_channels=(width,) * levels,

@@ -14,12 +14,13 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-from transformers import CLIPTokenizer
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..diffusion.errors import BadInput
 from .settings import trained_on
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 HUB = "openai/clip-vit-large-patch14"
 MERGES = 49_152 - 256 - 2
@@ -143,6 +144,8 @@ def _from_path(given: Path, folder: str, length: int) -> CLIPTokenizer:
 
 def _from_folder(folder: Path, length: int) -> CLIPTokenizer:
     _check_folder(folder)
+    from transformers import CLIPTokenizer
+
     try:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, model_max_length=length)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -165,6 +168,8 @@ def _check_folder(folder: Path) -> None:
 
 
 def _from_hub(length: int) -> CLIPTokenizer:
+    from transformers import CLIPTokenizer
+
     try:
         return CLIPTokenizer.from_pretrained(HUB, model_max_length=length)
     except (OSError, ValueError) as error:
