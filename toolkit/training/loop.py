@@ -165,6 +165,7 @@ def train(job: Job, settings: LoopSettings, *, device: torch.device, ranks: Rank
         if saved is None and job.start is None:
             start = NetworkDenoiser(holder.untrained(), job.schedule, job.teacher_prediction)
             job.look("start", start, job.phases[0])
+            del start
         for index in range(progress.phase, len(job.phases)):
             trainer = PhaseTrainer(job, settings, index, holder, scaler, device, at_once, part, ranks)
             if saved is not None and "student" in saved:
