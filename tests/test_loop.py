@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,23 @@ def watch(loss, factor):
         return loss(**arguments) * factor()
 
     return call
+
+
+def test_the_network_of_the_first_pictures_is_let_go_of_before_the_training(tmp_path):
+    made: list[weakref.ref[UNet2DConditionModel]] = []
+    alive: list[bool] = []
+
+    def counted() -> UNet2DConditionModel:
+        unet = tiny_unet()
+        made.append(weakref.ref(unet))
+        return unet
+
+    work, _ = job(tmp_path, new_unet=counted)
+    guided = dataclasses.replace(
+        work.phases[0], loss=watch(work.phases[0].loss, lambda: alive.append(made[0]() is not None) or 1.0)
+    )
+    train(dataclasses.replace(work, phases=[guided]), SETTINGS, device=CPU)
+    assert len(made) == 3 and not any(alive)
 
 
 def test_a_run_in_bf16_keeps_float32_weights_and_learns_about_the_same(tmp_path):

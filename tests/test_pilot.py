@@ -19,9 +19,11 @@ def losses(first: float, last: float, count: int = 60) -> list[float]:
     return [(first + (last - first) * i / count) * (1 + 0.1 * draw.random()) for i in range(count)]
 
 
-def judged(found: list[float], *, own_target: bool = False, start: float | None = None, now=None, value=1.0):
+def judged(
+    found: list[float], *, own_target: bool = False, start: float | None = None, now=None, finite=True
+):
     pilot = Pilot(updates=600, start=start, losses=found)
-    return pilot.judge([torch.full((3,), value)], own_target=own_target, now=now)
+    return pilot.judge(finite=finite, own_target=own_target, now=now)
 
 
 def test_a_loss_that_falls_or_stays_is_well_and_one_that_rises_is_not():
@@ -34,7 +36,7 @@ def test_a_loss_that_falls_or_stays_is_well_and_one_that_rises_is_not():
 
 
 def test_weights_that_are_not_finite_are_not_well():
-    assert not judged(losses(1, 0.4), value=math.inf).well
+    assert not judged(losses(1, 0.4), finite=False).well
 
 
 @pytest.mark.parametrize(

@@ -208,9 +208,10 @@ def settle(
     *,
     free: int | None = None,
     preset: str | None = None,
+    divided: int = 1,
 ) -> tuple[Settings, dict[str, str]]:
     """All settings with their reasons, checked; ``free``: bytes to plan for, instead of what is free;
-    ``preset``: whose decisions count where nobody else's do.
+    ``preset``: whose decisions count where nobody else's do; ``divided``: among so many processes.
     """
     small = teacher.checkpoint.unet_parameters < SMALL_PARAMETERS
     demo = teacher.demo
@@ -223,9 +224,9 @@ def settle(
         has_bf16 = not device.startswith("cuda") or _has_bf16()
         of_preset = preset_defaults(preset, small=small, precision="bf16" if has_bf16 else "fp16")
         asked = {**of_preset.values, **asked}
-    chosen = _choose_route(asked, teacher, device=device, free=free)
+    chosen = _choose_route(asked, teacher, device=device, free=free, divided=divided)
     if of_preset is not None and free is not None and not small and "micro_batch" not in asked:
-        count = _fitting(asked, teacher, chosen, device=device, free=free)
+        count = _fitting(asked, teacher, chosen, device=device, free=free, divided=divided)
         of_preset = dataclasses.replace(of_preset, values={**of_preset.values, "micro_batch": count})
     resolved = resolve(
         given,
@@ -331,12 +332,12 @@ def _has_bf16() -> bool:
 
 
 def _choose_route(
-    asked: Mapping[str, Any], teacher: Teacher, *, device: str, free: int | None = None
+    asked: Mapping[str, Any], teacher: Teacher, *, device: str, free: int | None = None, divided: int = 1
 ) -> Route:
     """How the student is trained, by what was asked for and the memory that is free."""
     small = teacher.checkpoint.unet_parameters < SMALL_PARAMETERS
     usual: dict[str, Any] = {**(SMALL if small else LARGE).values, **asked}
-    needs = _needs(usual, teacher, device=device)
+    needs = _needs(usual, teacher, device=device, divided=divided)
     precision = _precision(asked, small=small)
     highest = int((LORA_SMALL if small else LORA_LARGE).values["rank"])
     return choose_route(
@@ -352,7 +353,7 @@ def _choose_route(
     )
 
 
-def _needs(usual: Mapping[str, Any], teacher: Teacher, *, device: str) -> Needs:
+def _needs(usual: Mapping[str, Any], teacher: Teacher, *, device: str, divided: int) -> Needs:
     """The memory of a run at the largest of its sizes."""
     small = teacher.checkpoint.unet_parameters < SMALL_PARAMETERS
     sizes = teacher.sizes(usual.get("resolution") or teacher.resolution, data=bool(usual.get("data")))
@@ -363,15 +364,18 @@ def _needs(usual: Mapping[str, Any], teacher: Teacher, *, device: str) -> Needs:
         height,
         batch=max(1, min(usual["micro_batch"], usual["batch_size"])),
         looks=usual.get("report_prompts", 0 if device.startswith("cpu") and not small else 6) > 0,
+        divided=divided,
     )
 
 
-def _fitting(asked: Mapping[str, Any], teacher: Teacher, route: Route, *, device: str, free: int) -> int:
+def _fitting(
+    asked: Mapping[str, Any], teacher: Teacher, route: Route, *, device: str, free: int, divided: int
+) -> int:
     """The most pictures at once that a large network's route has the memory for."""
     usual: dict[str, Any] = {**LARGE.values, **asked}
 
     def takes(count: int) -> int:
-        stages = _needs({**usual, "micro_batch": count}, teacher, device=device).stages(
+        stages = _needs({**usual, "micro_batch": count}, teacher, device=device, divided=divided).stages(
             rank=route.rank,
             precision=route.precision,
             ema=usual["ema"] if route.averages == "device" else 0,
@@ -613,15 +617,21 @@ def plan_run(
     *,
     free: int | None = None,
     processes: int = 1,
+    divided: int = 1,
 ) -> Plan:
-    """Add up what the run will cost, from what was measured; ``free`` as for :func:`settle`, of each of the
-    ``processes``.
+    """Add up what the run will cost, from what was measured; ``free`` and ``divided`` as for :func:`settle`,
+    of each of the ``processes``.
     """
     free = free_memory(torch.device(settings.device)) if free is None else free
     folder = request.folder(Path(settings.cache_dir))
     loop = _loop_settings(settings, teacher.checkpoint, processes)
+    divided = divided if settings.rank is None else 1
     needs = Needs(
-        teacher.checkpoint, *settings.size, batch=loop.micro_batch, looks=settings.report_prompts > 0
+        teacher.checkpoint,
+        *settings.size,
+        batch=loop.micro_batch,
+        looks=settings.report_prompts > 0,
+        divided=divided,
     )
     memory = needs.stages(
         rank=settings.rank,
@@ -629,7 +639,8 @@ def plan_run(
         ema=settings.ema if settings.averages == "device" else 0,
         optimizer=settings.optimizer,
     )
-    memory["training"] += exchange_bytes(costs.trained, processes)
+    if divided == 1:
+        memory["training"] += exchange_bytes(costs.trained, processes)
     return make_plan(
         phases,
         dataclasses.replace(loop, trajectory_share=loop.trajectory_share * (1 - teacher.guests.share)),
@@ -642,7 +653,7 @@ def plan_run(
         + sum(t.nbytes for t in teacher.checkpoint.carried().values()),
         memory=memory,
         free_bytes=free,
-        route=_route_text(settings, teacher.checkpoint, processes),
+        route=_route_text(settings, teacher.checkpoint, processes, divided),
         processes=processes,
         files=[
             *_both("student", settings),
@@ -675,7 +686,7 @@ def _measurable(
     return pair.student, list(pair.trained.values())
 
 
-def _route_text(settings: Settings, checkpoint: Checkpoint, processes: int) -> str:
+def _route_text(settings: Settings, checkpoint: Checkpoint, processes: int, divided: int) -> str:
     """How the run gets by with the memory, for people."""
     ways = [
         "every weight is trained"
@@ -690,6 +701,8 @@ def _route_text(settings: Settings, checkpoint: Checkpoint, processes: int) -> s
     if processes > 1:
         each = settings.batch_size // processes
         ways.append(f"{processes} processes with {each} of an update's {settings.batch_size} pictures each")
+    if divided > 1:
+        ways.append("which divide weights, averages, gradients and moments among them")
     if settings.averages == "cpu":
         ways.append("the averaged weights are kept off the device")
     ways.append("text encoders and VAE are on the device only while they are needed")

@@ -118,6 +118,7 @@ def fit_run(
     free: int | None = None,
     preset: str | None = None,
     processes: int = 1,
+    divided: int = 1,
 ) -> tuple[dict[str, Any], str, Costs]:
     """Flags in place of ``--hours``, the sentence of their choice, and what was measured for it."""
     if not hours > 0:
@@ -130,7 +131,12 @@ def fit_run(
     methods: list[str | None] = [None] if asked else ["progressive", "sfddm"]
     runs = [
         settle(
-            {**given, **({"method": method} if method else {})}, config, teacher, free=free, preset=preset
+            {**given, **({"method": method} if method else {})},
+            config,
+            teacher,
+            free=free,
+            preset=preset,
+            divided=divided,
         )[0]
         for method in methods
     ]
@@ -139,7 +145,9 @@ def fit_run(
     for settings in runs:
         phases = phases_of(settings, teacher)
         request = data_request(settings, phases, teacher)
-        plan = plan_run(settings, phases, teacher, request, costs, free=free, processes=processes)
+        plan = plan_run(
+            settings, phases, teacher, request, costs, free=free, processes=processes, divided=divided
+        )
         fixed = isinstance(request, ImageSampleRequest) or "pictures" in said or not plan.sample_seconds
         offers.append(_offer(settings, plan, fixed=fixed))
     report = REPORT_EVALUATIONS * runs[0].report_prompts * costs.evaluation_seconds

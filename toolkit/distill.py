@@ -9,6 +9,7 @@ examples:
   python -m toolkit.distill --finish --out runs/model-progressive-4
   python -m toolkit.distill --ckpt model.safetensors --init students/4.safetensors --steps 2
   accelerate launch -m toolkit.distill --ckpt model.safetensors    (a process for each GPU)
+  accelerate launch --use_fsdp --fsdp_version 2 -m toolkit.distill --ckpt model.safetensors --student full
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ from .training.optimizers import OPTIMIZERS
 from .training.plan import Plan, require_disk
 from .training.presets import PRESETS
 from .training.prompts import STYLES
-from .training.ranks import ALONE, Ranks, SaidByTheFirst, gathered, launched, require_shares
+from .training.ranks import ALONE, Ranks, SaidByTheFirst, divides, gathered, launched, require_shares
 from .training.settings import OWN, Settings, read_config, to_toml
+from .training.sharding import require_dividable
 from .training.tuning import MEMORY_FORMATS
 
 log = logging.getLogger("fewstep")
@@ -109,6 +111,7 @@ def _on_cpu(device: str | None) -> bool:
 
 def _lead(options: argparse.Namespace, config: dict[str, Any], ranks: Ranks) -> None:
     begun, processes = options.resume or options.finish, launched()
+    divided = processes if divides() else 1
     given = {name: v for name, v in vars(options).items() if v is not None and name not in NOT_SETTINGS}
     teacher = Teacher.open({**config, **given})
     free = _memory_to_plan_for(options, config, processes)
@@ -118,10 +121,19 @@ def _lead(options: argparse.Namespace, config: dict[str, Any], ranks: Ranks) -> 
         if begun:
             raise BadInput("--hours is for a new run; leave it out to go on with this one")
         flags, says, costs = fit_run(
-            hours, given, config, teacher, free=free, preset=options.preset, processes=processes
+            hours,
+            given,
+            config,
+            teacher,
+            free=free,
+            preset=options.preset,
+            processes=processes,
+            divided=divided,
         )
         log.info("%s", says)
-    settings, reasons = settle({**given, **flags}, config, teacher, free=free, preset=options.preset)
+    settings, reasons = settle(
+        {**given, **flags}, config, teacher, free=free, preset=options.preset, divided=divided
+    )
     reasons |= {name: f"--hours {hours:g}" for name in flags}
     phases = phases_of(settings, teacher)
     request = data_request(settings, phases, teacher)
@@ -132,13 +144,17 @@ def _lead(options: argparse.Namespace, config: dict[str, Any], ranks: Ranks) -> 
             print_json(answer)
         return
     require_shares(settings.batch_size, processes)
+    if divided > 1:
+        _require_dividable(settings)
     if options.resume and not options.dry_run:
         log.info("going on with %s", out)
     else:
         if not options.dry_run and (out / "config.toml").exists():
             raise BadInput(f"{out} holds a run already; go on with it by --resume, or choose another --out")
         costs = costs or measure_costs(settings, phases, teacher, request, processes=processes)
-        plan = plan_run(settings, phases, teacher, request, costs, free=free, processes=processes)
+        plan = plan_run(
+            settings, phases, teacher, request, costs, free=free, processes=processes, divided=divided
+        )
         _print_plan(plan, settings, reasons)
         log.info("%s", request.summary())
         for line in teacher.lora_lines():
@@ -174,6 +190,19 @@ def _lead(options: argparse.Namespace, config: dict[str, Any], ranks: Ranks) -> 
         answer = run_all(settings, phases, teacher, request, told, ranks)
     if options.json:
         print_json(answer)
+
+
+def _require_dividable(settings: Settings) -> None:
+    """BadInput for a student that processes cannot divide among them; a LoRA they need not."""
+    if settings.student == "lora":
+        log.info("a LoRA is small: every process holds all of it, and FSDP divides nothing")
+        return
+    require_dividable(
+        precision=settings.precision,
+        optimizer=settings.optimizer,
+        memory_format=settings.memory_format,
+        compiled=settings.compile,
+    )
 
 
 def _memory_to_plan_for(options: argparse.Namespace, config: dict[str, Any], processes: int) -> int | None:

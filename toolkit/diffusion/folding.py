@@ -138,8 +138,7 @@ class FoldLoss:
         for j in range(len(entries) - 1):
             noise = torch.randn(x.shape, generator=generator).to(x)
             rows = (own & (timestep < entries[j])).nonzero()[:, 0]
-            if len(rows) == 0:
-                continue
+            # Asked even without a row: a student that processes divide among them is asked by all of them.
             sigma_t, sigma_m = (levels[i].expand(len(rows)) for i in (j, j + 1))
             sigma_s = levels[j + CELLS[self.sampler]].expand(len(rows))
             asked = batch.rows(rows)

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 from ..diffusion.denoiser import Cond, Network
 from .networks import UNetNetwork, place
+from .sharding import divide, taking_part
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -95,16 +96,24 @@ class Holder(Protocol):
 @dataclass(frozen=True, eq=False)
 class TwoNetworks:
     """``dtype``: the teacher's; the student is in float32 and computes in what ``autocast`` says; ``seed``:
-    of the critic's first weights."""
+    of the critic's first weights; ``divided``: whether processes divide the student among them."""
 
     new_unet: Callable[[], UNet2DConditionModel]
     device: torch.device
     dtype: torch.dtype
     autocast: Callable[[Network], Network]
     seed: int = 0
+    divided: bool = False
 
     def untrained(self) -> Network:
-        return UNetNetwork(place(self.new_unet(), self.device).eval())
+        return self._network(self.new_unet().eval())
+
+    def _network(self, unet: UNet2DConditionModel) -> Network:
+        """The student's, where it computes."""
+        if self.divided:
+            divide(unet, self.device)
+            return taking_part(UNetNetwork(unet))
+        return UNetNetwork(place(unet, self.device))
 
     def pair(
         self, previous: State | None, *, teacher: Literal["pair", "previous"], critic: bool = False
@@ -112,8 +121,8 @@ class TwoNetworks:
         student = self.new_unet()
         if previous is not None:
             student.load_state_dict(previous)
-        student = recomputing(place(student, self.device).train())
-        learning, trained = self.autocast(UNetNetwork(student)), dict(student.named_parameters())
+        learning = self.autocast(self._network(recomputing(student.train())))
+        trained = dict(student.named_parameters())
         if critic:
             watched = OneNetwork(
                 self.new_unet,

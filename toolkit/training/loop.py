@@ -49,6 +49,7 @@ from .pace import Pace
 from .pilot import LEAST, Pilot, distance, painted
 from .ranks import ALONE, Ranks, as_of
 from .samples import GuidanceRange, Order, Samples, derived_seed, draw_batch
+from .sharding import cut, own, shown_by_the_first, wholes
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -150,7 +151,7 @@ def train(job: Job, settings: LoopSettings, *, device: torch.device, ranks: Rank
     else:
         job = dataclasses.replace(job, finished=_nothing, look=_nothing)
     done = sum(settings.updates[: progress.phase]) + progress.update
-    holder = make_holder(job, settings, device)
+    holder = make_holder(job, settings, device, ranks)
     with (
         tqdm(
             total=sum(settings.updates),
@@ -160,11 +161,13 @@ def train(job: Job, settings: LoopSettings, *, device: torch.device, ranks: Rank
             disable=not ranks.writes,
         ) as bar,
         stop_requests() as stop,
-        memory_in_words(state),
+        memory_in_words(state, divided=divides(settings, ranks)),
+        ranks.loss_in_words(),
     ):
         if saved is None and job.start is None:
             start = NetworkDenoiser(holder.untrained(), job.schedule, job.teacher_prediction)
-            job.look("start", start, job.phases[0])
+            show(job, "start", start, job.phases[0], ranks if divides(settings, ranks) else ALONE, device)
+            del start
         for index in range(progress.phase, len(job.phases)):
             trainer = PhaseTrainer(job, settings, index, holder, scaler, device, at_once, part, ranks)
             if saved is not None and "student" in saved:
@@ -175,19 +178,23 @@ def train(job: Job, settings: LoopSettings, *, device: torch.device, ranks: Rank
             bar.set_description(job.phases[index].name)
             trainer.run(bar, stop, trainer.begin_pilot())
             at_once = trainer.at_once
-            with ranks.first():
-                if ranks.writes:
-                    _conclude_phase(trainer, index, {"at_once": at_once, "part": part})
+            _conclude_phase(trainer, index, {"at_once": at_once, "part": part})
+            ranks.wait()
             del trainer
 
 
 def _conclude_phase(trainer: PhaseTrainer, index: int, going_on: dict[str, Any]) -> None:
     """Write the phase's student and show it; what a later phase needs is kept."""
-    job = trainer.job
+    job, writes = trainer.job, trainer.ranks.writes
     state = job.out / "state"
-    save_state(state / f"phase-{index}.pt", trainer.average)
-    job.finished(job.phases[index], trainer.average)
+    average = wholes(trainer.average, trainer.trained, keep=writes)
+    if writes:
+        save_state(state / f"phase-{index}.pt", average)
+        job.finished(job.phases[index], average)
+    del average
     trainer.look(job.phases[index].name)
+    if not writes:
+        return
     save_state(state / "latest.pt", {"phase": index + 1, "update": 0, **going_on})
     with suppress(PermissionError):  # of use to nobody, and open somewhere (Windows)
         (state / f"phase-{index - 1}.pt").unlink(missing_ok=True)
@@ -195,30 +202,37 @@ def _conclude_phase(trainer: PhaseTrainer, index: int, going_on: dict[str, Any])
 
 def sizes(saved: dict[str, Any] | None, settings: LoopSettings, ranks: Ranks) -> tuple[int, int]:
     """Pictures that a process takes at once, and those of a part, which all share; as in the state that is
-    gone on from, unless a process would be left without a picture.
+    gone on from, unless a process would be left without a picture; who divides the student must be asked as
+    often as everyone.
     """
     if saved is None:
         return settings.micro_batch, settings.micro_batch * ranks.count
     at_once = saved.get("at_once", settings.micro_batch)
     part = saved.get("part", settings.micro_batch)
     shortest = settings.batch_size % part or part
-    return at_once, part if shortest >= ranks.count else at_once * ranks.count
+    fits = part % ranks.count == 0 if divides(settings, ranks) else shortest >= ranks.count
+    return at_once, part if fits else at_once * ranks.count
+
+
+def divides(settings: LoopSettings, ranks: Ranks) -> bool:
+    """Whether the processes divide the student among them: a LoRA is too small for that."""
+    return ranks.divides and settings.lora is None
 
 
 def _nothing(*_: object) -> None:
     """What the other processes do where the first one writes."""
 
 
-def make_holder(job: Job, settings: LoopSettings, device: torch.device) -> Holder:
+def make_holder(job: Job, settings: LoopSettings, device: torch.device, ranks: Ranks = ALONE) -> Holder:
     """Where the networks of a run live."""
-    dtype = DTYPES[settings.precision]
+    dtype, divided = DTYPES[settings.precision], divides(settings, ranks)
 
     def in_precision(network: Network) -> Network:
-        return autocast(network, device, dtype)
+        return autocast(network, device, dtype, keep_casts=not divided)
 
     if settings.lora is None:
         seed = derived_seed(settings.seed, -2)
-        return TwoNetworks(job.new_unet, device, dtype, in_precision, seed)
+        return TwoNetworks(job.new_unet, device, dtype, in_precision, seed, divided)
     seed = derived_seed(settings.seed, settings.lora.rank)
     return OneNetwork(
         job.new_unet, settings.lora, seed=seed, device=device, dtype=dtype, autocast=in_precision
@@ -264,9 +278,8 @@ class PhaseTrainer:
         self.teacher = NetworkDenoiser(pair.teacher, job.schedule, prediction)
         self.student = NetworkDenoiser(pair.student, job.schedule, self.phase.prediction_type)
         self.trained = pair.trained
-        if COND_PROJ in self.trained:
-            freeze_fast_features(self.trained[COND_PROJ])
-        self.average = {name: value.detach() for name, value in self.trained.items()}
+        self.is_divided = divides(settings, ranks)
+        self.average = {name: own(value) for name, value in self.trained.items()}
         if settings.ema:
             home = torch.device("cpu") if settings.averages == "cpu" else device
             self.average = {name: value.to(home, copy=True) for name, value in self.average.items()}
@@ -311,10 +324,14 @@ class PhaseTrainer:
                     self.conclude(pilot)
                     pilot = None
             now = time.monotonic()
-            if now - last_state > 60 * self.settings.state_minutes:
+            is_state_due, is_look_due = self.ranks.each(
+                now - last_state > 60 * self.settings.state_minutes,
+                now - last_look > 60 * self.settings.sample_minutes,
+            )
+            if is_state_due:
                 self.keep()
                 last_state = time.monotonic()
-            if now - last_look > 60 * self.settings.sample_minutes:
+            if is_look_due:
                 self.look(f"{self.phase.name}-{self.update:06d}")
                 last_look = time.monotonic()
 
@@ -326,9 +343,10 @@ class PhaseTrainer:
 
     def conclude(self, pilot: Pilot) -> None:
         """Keep what the pilot says; BadInput, the state saved, if that is bad."""
-        weights = [*self.trained.values(), *self.average.values()]
+        weights = [*map(own, self.trained.values()), *self.average.values()]
+        finite = not self.ranks.any(not all(bool(value.isfinite().all()) for value in weights))
         moving = self.phase.own_evaluations > 0
-        finding = pilot.judge(weights, own_target=moving, now=self._distance())
+        finding = pilot.judge(finite=finite, own_target=moving, now=self._distance())
         says = f"pilot, after {self.update} updates: {'going well' if finding.well else 'not going well'}"
         if self.ranks.writes:
             keep_verdict(self.job.out, f"{says} ({finding.says})")
@@ -379,7 +397,7 @@ class PhaseTrainer:
 
     def _gradients(self) -> float | None:
         """The loss of this process's share of the batch, its gradients added up; None where they do not fit
-        the memory."""
+        the memory and fewer pictures at once can help."""
         seed = derived_seed(self.settings.seed, self.index, self.update)
         generator = torch.Generator().manual_seed(seed)
         total = 0.0
@@ -391,6 +409,8 @@ class PhaseTrainer:
                         generator.set_state(begun)
                         total += self._add_gradients(part, rows, visited, generator)
         except torch.OutOfMemoryError:
+            if self.is_divided:  # the others wait within an evaluation, and would wait for ever
+                raise
             return None
         return total
 
@@ -461,6 +481,8 @@ class PhaseTrainer:
 
     def _step_optimizer(self, optimizer: torch.optim.Optimizer, trained: Mapping[str, Parameter]) -> None:
         """In fp16 gradients are unscaled before they are clipped, and an overflowing update is left out."""
+        if COND_PROJ in trained:
+            freeze_fast_features(trained[COND_PROJ])
         self.ranks.add_up(trained.values())
         self.scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(trained.values(), self.settings.clip)
@@ -500,21 +522,25 @@ class PhaseTrainer:
         decay = min(self.settings.ema, (1 + self.update) / (10 + self.update))
         for name, value in self.trained.items():
             average = self.average[name]
-            average.lerp_(value.to(average), 1 - decay)
+            average.lerp_(own(value).to(average), 1 - decay)
 
     @torch.no_grad()
     def look(self, name: str) -> None:
         """Show the averaged student: its weights change places with the trained ones, so no copy is held."""
         self._swap()
-        self.job.look(name, self.student, self.phase)
+        ranks = self.ranks if self.is_divided else ALONE
+        show(self.job, name, self.student, self.phase, ranks, self.device)
         self._swap()
 
     def _swap(self) -> None:
+        """In the same memory, which is where a divided network looks for its weights."""
         if not self.settings.ema:
             return
         for name, parameter in self.trained.items():
-            average = self.average[name]
-            self.average[name], parameter.data = parameter.data.to(average), average.to(parameter.data)
+            average, trained = self.average[name], own(parameter)
+            kept = trained.clone()
+            trained.copy_(average)
+            average.copy_(kept)
 
     def write_line(self, bar: tqdm[Any], loss: float, lr: float, seconds: float) -> None:
         if not self.ranks.writes:
@@ -536,18 +562,22 @@ class PhaseTrainer:
         self.job.told(line)
 
     def keep(self) -> None:
+        state = self.state()
         if self.ranks.writes:
-            save_state(self.state_path, self.state())
+            save_state(self.state_path, state)
 
     def state(self) -> dict[str, Any]:
+        """Of a divided student all processes ask for it, and the one that writes has it."""
+        keep = self.ranks.writes
+        student = {name: own(value) for name, value in self.trained.items()}
         return {
             "phase": self.index,
             "update": self.update,
             "at_once": self.at_once,
             "part": self.part,
-            "student": {name: value.detach() for name, value in self.trained.items()},
-            "average": self.average if self.settings.ema else None,
-            "optimizer": self.optimizer.state_dict(),
+            "student": wholes(student, self.trained, keep=keep),
+            "average": wholes(self.average, self.trained, keep=keep) if self.settings.ema else None,
+            "optimizer": optimizer_state(self.optimizer, keep=keep),
             "critic": None if self.critic is None else self.critic.state(),
             "scaler": self.scaler.state_dict(),
         }
@@ -557,10 +587,13 @@ class PhaseTrainer:
         self.update = saved["update"]
         with torch.no_grad():
             for name, parameter in self.trained.items():
-                parameter.copy_(saved["student"][name])
+                parameter.copy_(cut(saved["student"][name], parameter))
         if self.settings.ema:
             kept = saved["average"]
-            self.average = {name: kept[name].to(own, copy=True) for name, own in self.average.items()}
+            self.average = {
+                name: own(cut(kept[name], self.trained[name])).to(average, copy=True)
+                for name, average in self.average.items()
+            }
         restore_optimizer(self.optimizer, saved["optimizer"])
         if self.critic is not None:
             self.critic.restore(saved["critic"])
@@ -574,9 +607,6 @@ class Critic:
     def __init__(self, criticism: Criticism, trained: Trained, denoiser: Denoiser, *, lr: float) -> None:
         self.criticism, self.denoiser = criticism, denoiser
         self.parameters, self.active = trained.parameters, trained.active
-        if COND_PROJ in self.parameters:
-            with self.active():
-                freeze_fast_features(self.parameters[COND_PROJ])
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0
         )
@@ -598,31 +628,60 @@ class Critic:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Take up a state, in memory of its own: Windows replaces no file that is mapped, as saved states are."""
-    optimizer.load_state_dict(saved)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        number: {name: cut(value, parameters[number]) for name, value in of.items()}
+        for number, of in saved["state"].items()
+    }
+    optimizer.load_state_dict({**saved, "state": moments})
     for moments in optimizer.state.values():
         for name, value in moments.items():
             if isinstance(value, Tensor) and value.device.type == "cpu":
                 moments[name] = value.clone()
 
 
-def autocast(network: Network, device: torch.device, dtype: torch.dtype) -> Network:
-    """The network computing in ``dtype``; what is done with its output stays in float32."""
+def optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
+    """With whole moments (see :func:`wholes`)."""
+    found = optimizer.state_dict()
+    for number, moments in found["state"].items():
+        parts = {name: own(value) for name, value in moments.items() if isinstance(value, Tensor)}
+        found["state"][number] = {**moments, **wholes(parts, moments, keep=keep)}
+    return found
+
+
+def autocast(
+    network: Network, device: torch.device, dtype: torch.dtype, *, keep_casts: bool = True
+) -> Network:
+    """The network computing in ``dtype``; what is done with its output stays in float32. ``keep_casts``: to
+    the end of the evaluation, which for weights that come and go would be all of them.
+    """
 
     def call(z: Tensor, timestep: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast(
+            device.type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=keep_casts
+        ):
             return network(z, timestep, cond, w)
 
     return call
 
 
 def freeze_fast_features(cond_proj: Parameter) -> None:
-    """Keep the projection's columns of fast features of w at zero (see ``smooth_features``)."""
-    mask = smooth_features().to(cond_proj.device)
+    """Let the projection's columns of fast features of w learn nothing (see ``smooth_features``)."""
+    if cond_proj.grad is not None:
+        gradient = own(cond_proj.grad)
+        gradient.mul_(smooth_features().to(gradient))
 
-    def hook(gradient: Tensor) -> Tensor:
-        return gradient * mask
 
-    cond_proj.register_hook(hook)
+def show(
+    job: Job, name: str, student: NetworkDenoiser, phase: Phase, ranks: Ranks, device: torch.device
+) -> None:
+    """Let the first look at a student, in which all ``ranks`` must take part."""
+    if ranks.count == 1:
+        job.look(name, student, phase)
+        return
+    shown_by_the_first(
+        student, lambda led: job.look(name, led, phase), samples=job.samples, ranks=ranks, device=device
+    )
 
 
 def lr_factor(update: int, updates: int, warmup: int) -> float:
@@ -647,15 +706,16 @@ def raise_on_stops() -> None:
 
 
 @contextmanager
-def memory_in_words(state: Path) -> Generator[None]:
-    """Says what to do where halving the micro-batch helps no more."""
+def memory_in_words(state: Path, *, divided: bool) -> Generator[None]:
+    """Says what to do where halving the micro-batch helps no more, or cannot be tried (``divided``)."""
+    tried = "" if divided else ", and it cannot be helped by fewer pictures at once"
+    untried = "a smaller --micro-batch, " if divided else ""
     try:
         yield
     except torch.OutOfMemoryError:
         raise BadInput(
-            "out of memory, and it cannot be helped by fewer pictures at once; the last state is kept in "
-            f"{state}; free some memory and --resume, or start anew with --student lora, a smaller --rank or "
-            "a smaller --resolution"
+            f"out of memory{tried}; the last state is kept in {state}; free some memory and --resume, or "
+            f"start anew with {untried}--student lora, a smaller --rank or a smaller --resolution"
         ) from None
 
 

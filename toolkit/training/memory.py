@@ -25,6 +25,7 @@ from .checkpoint import Checkpoint
 from .networks import DTYPES, UNetNetwork, place, random_cond
 from .optimizers import MOMENTS
 from .recognise import build
+from .sharding import units
 
 GIB = 1024**3
 PLACES = ("device", "cpu")
@@ -37,7 +38,8 @@ SLACK = 1.1
 class Needs:
     """The memory of runs on a checkpoint at one size in pixels; ``batch``: pictures at once.
 
-    ``looks``: whether pictures are decoded while the student trains.
+    ``looks``: whether pictures are decoded while the student trains. ``divided``: among so many processes,
+    where every weight is trained (sharding.py).
     """
 
     checkpoint: Checkpoint
@@ -45,6 +47,7 @@ class Needs:
     height: int
     batch: int
     looks: bool
+    divided: int = 1
     _known: dict[torch.dtype, dict[str, int]] = field(default_factory=dict[torch.dtype, dict[str, int]])
 
     def stages(
@@ -53,13 +56,17 @@ class Needs:
         """Bytes at the largest moment of each stage of a run; ``rank`` None: every weight is trained."""
         whole, dtype = self.checkpoint.unet_parameters, DTYPES[precision]
         trained = whole if rank is None else self.lora_parameters(rank)
+        divided = self.divided if rank is None else 1
         working = self._working(dtype)
         words = sum(self._weights(e.part, torch.float32) for e in self.checkpoint.of.text_encoders)
         found = {
             "texts": words,
             "pictures": whole * dtype.itemsize + max(working["evaluation"], working["masks"]),
             "training": max(working.values())
-            + weights_bytes(whole, trained, precision=precision, ema=ema, optimizer=optimizer),
+            + (self._together() if divided > 1 else 0)
+            + weights_bytes(
+                whole, trained, precision=precision, ema=ema, optimizer=optimizer, divided=divided
+            ),
         }
         if self.looks:  # teacher and student have text encoders each; their UNets take turns
             both = 2 * words * dtype.itemsize // 4
@@ -85,6 +92,14 @@ class Needs:
         low_rank = (m.weight for name, m in modules.items() if shape.matches(name))
         whole = sum(p.numel() for name in WHOLE for p in modules[name].parameters())
         return whole + sum(rank * (weight.shape[0] + weight[0].numel()) for weight in low_rank)
+
+    def _together(self) -> int:
+        """Of a divided student at the largest moment: values and gradients of the root and of one unit, and
+        what they are sent in; a guess, no GPU was at hand.
+        """
+        sizes = [sum(p.numel() for p in unit.parameters()) for unit in units(self._unet)]
+        root = self.checkpoint.unet_parameters - sum(sizes)
+        return 16 * (root + max(sizes))
 
     @cached_property
     def _unet(self) -> Any:
@@ -196,16 +211,18 @@ def choose_route(
 
 
 def weights_bytes(
-    parameters: int, trained: int, *, precision: str, ema: float, optimizer: str = "adamw"
+    parameters: int, trained: int, *, precision: str, ema: float, optimizer: str = "adamw", divided: int = 1
 ) -> int:
     """Held while training: the frozen network in the run's precision; of what is trained, in float32, the
-    values, gradients, Adam's two moments, the average, a LoRA's earlier student; and autocast's copies.
+    values, gradients, Adam's two moments, the average, a LoRA's earlier student; and autocast's copies, which
+    processes that have ``divided`` what is trained do not keep.
     """
     frozen = DTYPES[precision].itemsize
-    copies = 0 if precision == "fp32" else frozen
+    copies = 0 if precision == "fp32" or divided > 1 else frozen
     earlier = 4 if trained < parameters else 0
     average = 4 if ema else 0
-    return parameters * frozen + trained * (4 + 4 + MOMENTS[optimizer] + average + earlier + copies)
+    each = 4 + 4 + MOMENTS[optimizer] + average + earlier + copies
+    return parameters * frozen + -(-trained * each // divided)
 
 
 def free_memory(device: torch.device) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -58,11 +58,11 @@ class Pilot:
         enough = len(self.losses) >= max(LEAST, SHARE * self.updates)
         return enough or time.monotonic() - self.began > 60 * MINUTES
 
-    def judge(self, weights: Iterable[Tensor], *, own_target: bool, now: float | None) -> Finding:
-        """``own_target``: the loss is measured against what the student itself says; ``now``: how far the
-        pictures are at present.
+    def judge(self, *, finite: bool, own_target: bool, now: float | None) -> Finding:
+        """``finite``: all weights are; ``own_target``: the loss is measured against what the student itself
+        says; ``now``: how far the pictures are at present.
         """
-        if not all(bool(value.isfinite().all()) for value in weights):
+        if not finite:
             return Finding(False, "weights became infinite or NaN")
         said = [_loss_said(self.losses, own_target=own_target), Finding(True, "all weights are finite")]
         if now is not None and self.start is not None:

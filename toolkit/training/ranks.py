@@ -9,6 +9,8 @@ that none waits for one that has left.
 Not torch's DistributedDataParallel: a critic, adapters that take turns on one network and a micro-batch
 halved for want of memory all put other passes between a step's forward and its exchange. What is given up is
 that it exchanges during the backward pass.
+
+Launched for FSDP2, the processes divide a student that is trained whole: sharding.py.
 """
 
 from __future__ import annotations
@@ -45,11 +47,13 @@ def exchange_bytes(trained: int, processes: int) -> int:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's ``number`` among ``count``; ``device``: where what is exchanged lies."""
+    """This process's ``number`` among ``count``; ``device``: where what is exchanged lies; ``divides``:
+    whether students with all their weights are divided (sharding.py)."""
 
     number: int = 0
     count: int = 1
     device: torch.device | str = "cpu"
+    divides: bool = False
 
     @property
     def writes(self) -> bool:
@@ -80,7 +84,11 @@ class Ranks:
 
     def any(self, sign: bool) -> bool:
         """Whether any process says so."""
-        return bool(self._sum([sign])[0])
+        return self.each(sign)[0]
+
+    def each(self, *signs: bool) -> list[bool]:
+        """Of each sign, whether any process gives it."""
+        return [bool(count) for count in self._sum(signs)]
 
     def total(self, loss: float | None) -> float | None:
         """The sum over all processes; None where one has none."""
@@ -97,10 +105,11 @@ class Ranks:
 
     @torch.no_grad()
     def add_up(self, parameters: Iterable[Parameter]) -> None:
-        """The gradients become their sum over all processes."""
+        """The gradients become their sum over all processes, which divided ones are already."""
         if self.count == 1:
             return
-        for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for bucket in _buckets([g for g in gradients if not is_divided(g)]):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             self._exchanged(dist.all_reduce, flat)
             for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
@@ -118,10 +127,23 @@ class Ranks:
         try:
             call(*what, **how)
         except RuntimeError:
-            raise self.all_find(
-                "another process of this run has ended, and without it this one cannot go on; what it said "
-                "tells why; go on from the last state by --resume"
-            ) from None
+            raise self._lost() from None
+
+    @contextmanager
+    def loss_in_words(self) -> Generator[None]:
+        """The same for what a divided network exchanges within."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            raise self._lost() from None
+
+    def _lost(self) -> BadInput:
+        return self.all_find(
+            "another process of this run has ended, and without it this one cannot go on; what it said "
+            "tells why; go on from the last state by --resume"
+        )
 
     def all_find(self, sentence: str) -> BadInput:
         """An error that every process has come to: the first one says it."""
@@ -160,6 +182,11 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def divides() -> bool:
+    """Whether this run was launched to divide what it trains (by FSDP2)."""
+    return launched() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def gathered(*, cpu: bool) -> Ranks:
     """All processes that were launched together, when they have met; one of its own needs nothing of this."""
     if launched() == 1:
@@ -167,7 +194,12 @@ def gathered(*, cpu: bool) -> Ranks:
     from accelerate import PartialState
 
     state = PartialState(cpu=cpu, timeout=PATIENCE)
-    return Ranks(state.process_index, state.num_processes, state.device or "cpu")
+    return Ranks(state.process_index, state.num_processes, state.device or "cpu", divides())
+
+
+def is_divided(value: Tensor) -> bool:
+    """By what such a tensor alone has: some builds of torch know nothing of DTensors."""
+    return hasattr(value, "full_tensor")
 
 
 def as_of(rows: Tensor, whole: int) -> AbstractContextManager[Any]:
