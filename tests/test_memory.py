@@ -19,6 +19,7 @@ from toolkit.training.adapters import LoraShape, OneNetwork
 from toolkit.training.checkpoint import Checkpoint, open_checkpoint
 from toolkit.training.memory import GIB, PLACES, Needs, Route, choose_route, peak, weights_bytes
 from toolkit.training.networks import Turns, lazily
+from toolkit.training.presets import Room
 
 
 def route(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, free: float, **asked: Any) -> Route:
@@ -74,7 +75,9 @@ def test_averages_leave_a_card_that_is_too_small_for_them_alone(monkeypatch: pyt
     asked: list[Any] = []
     monkeypatch.setattr(assembly, "choose_route", lambda needs, **options: asked.append(options["places"]))
     for device, kept in (("cuda", {}), ("cpu", {}), ("cuda", {"averages": "cpu"})):
-        assembly._choose_route({**GPU, **kept}, Teacher(False, weightless("sd15")), device=device, free=1)
+        assembly._choose_route(
+            {**GPU, **kept}, Teacher(False, weightless("sd15")), device=device, room=Room(free=1)
+        )
     assert asked == [("device", "cpu"), ("device",), ["cpu"]]
 
 

@@ -17,7 +17,7 @@ from toolkit.diffusion.errors import BadInput
 from toolkit.training.checkpoint import open_checkpoint
 from toolkit.training.memory import GIB, Needs, weights_bytes
 from toolkit.training.optimizers import make_optimizer
-from toolkit.training.presets import PRESETS, fitting_micro_batch
+from toolkit.training.presets import PRESETS, Room, fitting_micro_batch
 from toolkit.training.settings import Settings
 
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ def test_a_preset_decides_for_large_networks_and_flags_win(monkeypatch: pytest.M
 
     def settled(preset: str, **more: Any) -> tuple[Settings, dict[str, str]]:
         given = {"ckpt": "model.safetensors", "device": "cpu", "student": "lora", **more}
-        return settle(given, {}, teacher, free=round(PRESETS[preset] * GIB), preset=preset)
+        return settle(given, {}, teacher, Room(round(PRESETS[preset] * GIB), preset))
 
     settings, reasons = settled("8gb")
     assert (settings.precision, settings.micro_batch, settings.optimizer) == ("bf16", 4, "adamw")
@@ -104,3 +104,6 @@ def test_a_preset_decides_for_large_networks_and_flags_win(monkeypatch: pytest.M
     with_bitsandbytes(monkeypatch)
     assert settled("8gb")[0].optimizer == "adamw8bit" and told == {"adamw", "adamw8bit"}
     assert settled("80gb")[0].optimizer == "adamw"
+    divided = Room(round(PRESETS["8gb"] * GIB), "8gb", processes=2, divided=2)
+    given = {"ckpt": "model.safetensors", "device": "cpu", "student": "full"}
+    assert settle(given, {}, teacher, divided)[0].optimizer == "adamw"

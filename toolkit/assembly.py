@@ -66,7 +66,7 @@ from .training.networks import (
 )
 from .training.optimizers import require_optimizer
 from .training.plan import Costs, Plan, make_plan, measure
-from .training.presets import fitting_micro_batch, preset_defaults
+from .training.presets import HERE, Room, fitting_micro_batch, preset_defaults
 from .training.prompts import STYLES, built_in_prompts, read_prompts, style_of, with_long_ones, with_triggers
 from .training.ranks import ALONE, Ranks, exchange_bytes
 from .training.samples import GuidanceRange, Samples, content_key, kept_texts
@@ -205,14 +205,9 @@ def settle(
     given: Mapping[str, Any],
     config: Mapping[str, Any],
     teacher: Teacher,
-    *,
-    free: int | None = None,
-    preset: str | None = None,
-    divided: int = 1,
+    room: Room = HERE,
 ) -> tuple[Settings, dict[str, str]]:
-    """All settings with their reasons, checked; ``free``: bytes to plan for, instead of what is free;
-    ``preset``: whose decisions count where nobody else's do; ``divided``: among so many processes.
-    """
+    """All settings with their reasons, checked."""
     small = teacher.checkpoint.unet_parameters < SMALL_PARAMETERS
     demo = teacher.demo
     device = _device({**config, **given})
@@ -220,13 +215,14 @@ def settle(
     of_preset: Defaults | None = None
     asked = {**earlier, **config, **given}
     require_optimizer(asked.get("optimizer") or "adamw")
-    if preset is not None:
+    if room.preset is not None:
         has_bf16 = not device.startswith("cuda") or _has_bf16()
-        of_preset = preset_defaults(preset, small=small, precision="bf16" if has_bf16 else "fp16")
+        half = "bf16" if has_bf16 else "fp16"
+        of_preset = preset_defaults(room.preset, small=small, precision=half, divided=room.divided > 1)
         asked = {**of_preset.values, **asked}
-    chosen = _choose_route(asked, teacher, device=device, free=free, divided=divided)
-    if of_preset is not None and free is not None and not small and "micro_batch" not in asked:
-        count = _fitting(asked, teacher, chosen, device=device, free=free, divided=divided)
+    chosen = _choose_route(asked, teacher, device=device, room=room)
+    if of_preset is not None and room.free is not None and not small and "micro_batch" not in asked:
+        count = _fitting(asked, teacher, chosen, device=device, free=room.free, divided=room.divided)
         of_preset = dataclasses.replace(of_preset, values={**of_preset.values, "micro_batch": count})
     resolved = resolve(
         given,
@@ -331,18 +327,16 @@ def _has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _choose_route(
-    asked: Mapping[str, Any], teacher: Teacher, *, device: str, free: int | None = None, divided: int = 1
-) -> Route:
+def _choose_route(asked: Mapping[str, Any], teacher: Teacher, *, device: str, room: Room = HERE) -> Route:
     """How the student is trained, by what was asked for and the memory that is free."""
     small = teacher.checkpoint.unet_parameters < SMALL_PARAMETERS
     usual: dict[str, Any] = {**(SMALL if small else LARGE).values, **asked}
-    needs = _needs(usual, teacher, device=device, divided=divided)
+    needs = _needs(usual, teacher, device=device, divided=room.divided)
     precision = _precision(asked, small=small)
     highest = int((LORA_SMALL if small else LORA_LARGE).values["rank"])
     return choose_route(
         needs,
-        free=free_memory(usable(device)) if free is None else free,
+        free=free_memory(usable(device)) if room.free is None else room.free,
         student=asked.get("student"),
         rank=asked.get("rank"),
         ranks=[rank for rank in (64, 32, 16, 8) if rank <= highest],
@@ -587,14 +581,13 @@ def measure_costs(
     phases: Sequence[Phase],
     teacher: Teacher,
     request: DataRequest,
-    *,
-    processes: int = 1,
+    room: Room = HERE,
 ) -> Costs:
     """The network briefly timed, at the largest of the sizes."""
     _require_parts(teacher.checkpoint)
     device = torch.device(settings.device)
     student, trained = _measurable(settings, phases, teacher.checkpoint, device)
-    batch = _at_once(settings, processes)
+    batch = _at_once(settings, room.processes)
     return measure(
         student,
         trained=trained,
@@ -614,18 +607,13 @@ def plan_run(
     teacher: Teacher,
     request: DataRequest,
     costs: Costs,
-    *,
-    free: int | None = None,
-    processes: int = 1,
-    divided: int = 1,
+    room: Room = HERE,
 ) -> Plan:
-    """Add up what the run will cost, from what was measured; ``free`` and ``divided`` as for :func:`settle`,
-    of each of the ``processes``.
-    """
-    free = free_memory(torch.device(settings.device)) if free is None else free
+    """Add up what the run will cost, from what was measured."""
+    free = free_memory(torch.device(settings.device)) if room.free is None else room.free
     folder = request.folder(Path(settings.cache_dir))
-    loop = _loop_settings(settings, teacher.checkpoint, processes)
-    divided = divided if settings.rank is None else 1
+    loop = _loop_settings(settings, teacher.checkpoint, room.processes)
+    divided = room.divided if settings.rank is None else 1
     needs = Needs(
         teacher.checkpoint,
         *settings.size,
@@ -640,7 +628,7 @@ def plan_run(
         optimizer=settings.optimizer,
     )
     if divided == 1:
-        memory["training"] += exchange_bytes(costs.trained, processes)
+        memory["training"] += exchange_bytes(costs.trained, room.processes)
     return make_plan(
         phases,
         dataclasses.replace(loop, trajectory_share=loop.trajectory_share * (1 - teacher.guests.share)),
@@ -653,8 +641,8 @@ def plan_run(
         + sum(t.nbytes for t in teacher.checkpoint.carried().values()),
         memory=memory,
         free_bytes=free,
-        route=_route_text(settings, teacher.checkpoint, processes, divided),
-        processes=processes,
+        route=_route_text(settings, teacher.checkpoint, room.processes, divided),
+        processes=room.processes,
         files=[
             *_both("student", settings),
             *(name for phase in phases for name in _both(f"students/{len(phase.grid)}", settings)),

@@ -16,6 +16,7 @@ from .diffusion.errors import BadInput
 from .methods import find_methods, options_of
 from .training.image_samples import ImageSampleRequest
 from .training.plan import Costs, Plan
+from .training.presets import Room
 from .training.settings import Settings
 
 MARGIN = 0.1
@@ -114,11 +115,7 @@ def fit_run(
     given: Mapping[str, Any],
     config: Mapping[str, Any],
     teacher: Teacher,
-    *,
-    free: int | None = None,
-    preset: str | None = None,
-    processes: int = 1,
-    divided: int = 1,
+    room: Room,
 ) -> tuple[dict[str, Any], str, Costs]:
     """Flags in place of ``--hours``, the sentence of their choice, and what was measured for it."""
     if not hours > 0:
@@ -130,24 +127,15 @@ def fit_run(
     asked = bool(said.get("method") or said.get("init") or own & said.keys())
     methods: list[str | None] = [None] if asked else ["progressive", "sfddm"]
     runs = [
-        settle(
-            {**given, **({"method": method} if method else {})},
-            config,
-            teacher,
-            free=free,
-            preset=preset,
-            divided=divided,
-        )[0]
+        settle({**given, **({"method": method} if method else {})}, config, teacher, room)[0]
         for method in methods
     ]
-    costs = _measured(runs[0], teacher, processes)
+    costs = _measured(runs[0], teacher, room)
     offers: list[Offer] = []
     for settings in runs:
         phases = phases_of(settings, teacher)
         request = data_request(settings, phases, teacher)
-        plan = plan_run(
-            settings, phases, teacher, request, costs, free=free, processes=processes, divided=divided
-        )
+        plan = plan_run(settings, phases, teacher, request, costs, room)
         fixed = isinstance(request, ImageSampleRequest) or "pictures" in said or not plan.sample_seconds
         offers.append(_offer(settings, plan, fixed=fixed))
     report = REPORT_EVALUATIONS * runs[0].report_prompts * costs.evaluation_seconds
@@ -160,10 +148,10 @@ def fit_run(
     return flags, found.says, costs
 
 
-def _measured(settings: Settings, teacher: Teacher, processes: int) -> Costs:
+def _measured(settings: Settings, teacher: Teacher, room: Room) -> Costs:
     phases = phases_of(settings, teacher)
     request = data_request(settings, phases, teacher)
-    return measure_costs(settings, phases, teacher, request, processes=processes)
+    return measure_costs(settings, phases, teacher, request, room)
 
 
 def _offer(settings: Settings, plan: Plan, *, fixed: bool) -> Offer:

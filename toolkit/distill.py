@@ -19,6 +19,7 @@ import dataclasses
 import json
 import logging
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -26,6 +27,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from .assembly import (
+    DataRequest,
     Teacher,
     data_request,
     finish,
@@ -49,7 +51,7 @@ from .training.memory import GIB, PLACES, free_memory
 from .training.networks import DTYPES
 from .training.optimizers import OPTIMIZERS
 from .training.plan import Plan, require_disk
-from .training.presets import PRESETS
+from .training.presets import PRESETS, Room
 from .training.prompts import STYLES
 from .training.ranks import ALONE, Ranks, SaidByTheFirst, divides, gathered, launched, require_shares
 from .training.settings import OWN, Settings, read_config, to_toml
@@ -110,74 +112,37 @@ def _on_cpu(device: str | None) -> bool:
 
 
 def _lead(options: argparse.Namespace, config: dict[str, Any], ranks: Ranks) -> None:
-    begun, processes = options.resume or options.finish, launched()
-    divided = processes if divides() else 1
     given = {name: v for name, v in vars(options).items() if v is not None and name not in NOT_SETTINGS}
     teacher = Teacher.open({**config, **given})
-    free = _memory_to_plan_for(options, config, processes)
+    room = _room(options, config)
     hours = config.pop("hours", None) if options.hours is None else options.hours
     flags, costs = dict[str, Any](), None
     if hours is not None:
-        if begun:
+        if options.resume or options.finish:
             raise BadInput("--hours is for a new run; leave it out to go on with this one")
-        flags, says, costs = fit_run(
-            hours,
-            given,
-            config,
-            teacher,
-            free=free,
-            preset=options.preset,
-            processes=processes,
-            divided=divided,
-        )
+        flags, says, costs = fit_run(hours, given, config, teacher, room)
         log.info("%s", says)
-    settings, reasons = settle(
-        {**given, **flags}, config, teacher, free=free, preset=options.preset, divided=divided
-    )
+    settings, reasons = settle({**given, **flags}, config, teacher, room)
     reasons |= {name: f"--hours {hours:g}" for name in flags}
     phases = phases_of(settings, teacher)
     request = data_request(settings, phases, teacher)
     out = Path(settings.out)
     if options.finish:
-        answer = finish(settings, phases, teacher, request)
-        if options.json:
-            print_json(answer)
+        _answer(options, finish(settings, phases, teacher, request))
         return
-    require_shares(settings.batch_size, processes)
-    if divided > 1:
+    require_shares(settings.batch_size, room.processes)
+    if room.divided > 1:
         _require_dividable(settings)
     if options.resume and not options.dry_run:
         log.info("going on with %s", out)
     else:
         if not options.dry_run and (out / "config.toml").exists():
             raise BadInput(f"{out} holds a run already; go on with it by --resume, or choose another --out")
-        costs = costs or measure_costs(settings, phases, teacher, request, processes=processes)
-        plan = plan_run(
-            settings, phases, teacher, request, costs, free=free, processes=processes, divided=divided
-        )
-        _print_plan(plan, settings, reasons)
-        log.info("%s", request.summary())
-        for line in teacher.lora_lines():
-            log.info("%s", line)
-        require_disk(plan, out=out, cache=Path(settings.cache_dir))
-        if settings.cache_gb is not None:
-            cache = Path(settings.cache_dir)
-            folder, needed = request.folder(cache), plan.disk["samples"]
-            require_room(cache, folder, needed=needed, limit_gb=settings.cache_gb)
+        costs = costs or measure_costs(settings, phases, teacher, request, room)
+        plan = plan_run(settings, phases, teacher, request, costs, room)
+        _say_plan(plan, settings, reasons, teacher, request)
         if options.dry_run:
-            if options.json:
-                print_json(
-                    {
-                        "plan": plan.to_json(),
-                        "settings": dataclasses.asdict(settings),
-                        "reasons": reasons,
-                        "data": request.summary(),
-                        "loras": [
-                            {**dataclasses.asdict(applied), **lora.describe()}
-                            for lora, applied in zip(teacher.loras, teacher.checkpoint.loras, strict=True)
-                        ],
-                    }
-                )
+            _answer(options, _told(plan, settings, reasons, teacher, request))
             return
         _make_cache(Path(settings.cache_dir))
         with atomic_path(out / "config.toml") as temporary:
@@ -188,8 +153,47 @@ def _lead(options: argparse.Namespace, config: dict[str, Any], ranks: Ranks) -> 
         if options.watch:
             log.info("watch the run at %s", helpers.enter_context(watched(out)))
         answer = run_all(settings, phases, teacher, request, told, ranks)
+    _answer(options, answer)
+
+
+def _answer(options: argparse.Namespace, answer: Mapping[str, Any]) -> None:
     if options.json:
         print_json(answer)
+
+
+def _say_plan(
+    plan: Plan, settings: Settings, reasons: Mapping[str, str], teacher: Teacher, request: DataRequest
+) -> None:
+    """What the run will cost, and every setting with its reason; BadInput where the disk or --cache-gb does
+    not allow it.
+    """
+    log.info("%s", plan.text())
+    for name, value in {**dataclasses.asdict(settings), **settings.method_config}.items():
+        if name not in ("method_config", "demo") and value is not None:
+            log.info("  %-18s %-24s %s", name, _plain(value), reasons.get(name, "the method"))
+    for line in (request.summary(), *teacher.lora_lines()):
+        log.info("%s", line)
+    cache = Path(settings.cache_dir)
+    require_disk(plan, out=Path(settings.out), cache=cache)
+    if settings.cache_gb is not None:
+        needed = plan.disk["samples"]
+        require_room(cache, request.folder(cache), needed=needed, limit_gb=settings.cache_gb)
+
+
+def _told(
+    plan: Plan, settings: Settings, reasons: Mapping[str, str], teacher: Teacher, request: DataRequest
+) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "plan": plan.to_json(),
+        "settings": dataclasses.asdict(settings),
+        "reasons": reasons,
+        "data": request.summary(),
+        "loras": [
+            {**dataclasses.asdict(applied), **lora.describe()}
+            for lora, applied in zip(teacher.loras, teacher.checkpoint.loras, strict=True)
+        ],
+    }
 
 
 def _require_dividable(settings: Settings) -> None:
@@ -205,16 +209,17 @@ def _require_dividable(settings: Settings) -> None:
     )
 
 
-def _memory_to_plan_for(options: argparse.Namespace, config: dict[str, Any], processes: int) -> int | None:
-    """Bytes for each process; None: what its device has free."""
+def _room(options: argparse.Namespace, config: Mapping[str, Any]) -> Room:
+    """What the run is planned for."""
     if options.vram is not None and options.preset is not None:
         raise BadInput("--vram and --preset both say how much memory to plan for; leave one out")
+    processes, free = launched(), None
     gib = options.vram if options.preset is None else PRESETS[options.preset]
     if gib is not None:
-        return round(gib * GIB)
-    if processes > 1 and _on_cpu(options.device or config.get("device")):
-        return free_memory(torch.device("cpu")) // processes
-    return None
+        free = round(gib * GIB)
+    elif processes > 1 and _on_cpu(options.device or config.get("device")):
+        free = free_memory(torch.device("cpu")) // processes
+    return Room(free, options.preset, processes, processes if divides() else 1)
 
 
 def _make_cache(folder: Path) -> None:
@@ -519,13 +524,6 @@ def _default_out(options: argparse.Namespace) -> Path:
         )
     steps = options.steps or (2 if options.demo else 4)
     return Path("runs") / f"{name}-{options.method or 'progressive'}-{steps}"
-
-
-def _print_plan(plan: Plan, settings: Settings, reasons: dict[str, str]) -> None:
-    log.info("%s", plan.text())
-    for name, value in {**dataclasses.asdict(settings), **settings.method_config}.items():
-        if name not in ("method_config", "demo") and value is not None:
-            log.info("  %-18s %-24s %s", name, _plain(value), reasons.get(name, "the method"))
 
 
 if __name__ == "__main__":

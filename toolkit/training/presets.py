@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from .optimizers import has_bitsandbytes
@@ -12,14 +13,30 @@ PRESETS: Mapping[str, float] = {"8gb": 7.0, "12gb": 10.5, "16gb": 14.5, "24gb": 
 """GiB that a run may take of a card of that size: less what driver, desktop and torch itself hold."""
 
 
-def preset_defaults(name: str, *, small: bool, precision: str) -> Defaults:
+@dataclass(frozen=True)
+class Room:
+    """What a run is planned for: ``free`` bytes for each of the ``processes`` (None: what its device has
+    free), a ``preset``, whose decisions count where nobody else's do, and among how many processes what is
+    trained is ``divided``.
+    """
+
+    free: int | None = None
+    preset: str | None = None
+    processes: int = 1
+    divided: int = 1
+
+
+HERE = Room()
+
+
+def preset_defaults(name: str, *, small: bool, precision: str, divided: bool) -> Defaults:
     """For large networks half precision (``precision``), and 8-bit moments where they can be had and 80 GB
-    are not there.
+    are not there; ``divided`` moments are Adam's own.
     """
     values: dict[str, Any] = {}
     if not small:
         values["precision"] = precision
-        if name != "80gb" and has_bitsandbytes():
+        if name != "80gb" and not divided and has_bitsandbytes():
             values["optimizer"] = "adamw8bit"
     return Defaults(values, f"--preset {name}")
 
