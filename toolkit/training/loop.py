@@ -708,13 +708,13 @@ def raise_on_stops() -> None:
 @contextmanager
 def memory_in_words(state: Path, *, divided: bool) -> Generator[None]:
     """Says what to do where halving the micro-batch helps no more, or cannot be tried (``divided``)."""
-    tried = "" if divided else ", and it cannot be helped by fewer pictures at once"
+    said = "out of memory" if divided else "out of memory, and it cannot be helped by fewer pictures at once"
     untried = "a smaller --micro-batch, " if divided else ""
     try:
         yield
     except torch.OutOfMemoryError:
         raise BadInput(
-            f"out of memory{tried}; the last state is kept in {state}; free some memory and --resume, or "
+            f"{said}; the last state is kept in {state}; free some memory and --resume, or "
             f"start anew with {untried}--student lora, a smaller --rank or a smaller --resolution"
         ) from None
 
