@@ -270,8 +270,14 @@ class ComfyUI:
         self.post("/interrupt", {})
 
     def free(self) -> None:
-        """Unload all models and forget all results."""
+        """Unload all models and forget all results: done when this returns, for the host does so after the
+        next run at the latest, before it looks for another.
+        """
         self.post("/free", {"unload_models": True, "free_memory": True})
+        graph = Graph()
+        image = graph("EmptyImage", width=8, height=8, batch_size=1, color=0)
+        graph("PreviewImage", images=image[0])
+        self.run(graph)
 
     def object_info(self, class_type: str) -> dict[str, Any]:
         return self.get(f"/object_info/{class_type}")[class_type]
