@@ -127,7 +127,7 @@ EVERYWHERE = Defaults(
 )
 LARGE = Defaults(
     dict(lr=1e-5, batch_size=16, micro_batch=1, ema=0.999, pictures=2048, dtype="fp16"),
-    "a start for Stable Diffusion 1, not measured on real weights",
+    "a start for Stable Diffusion, not measured on real weights",
 )
 SMALL = Defaults(
     dict(lr=4e-4, batch_size=32, micro_batch=32, ema=0.99, pictures=4096, dtype="fp32"),
