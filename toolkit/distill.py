@@ -53,7 +53,15 @@ from .training.optimizers import OPTIMIZERS
 from .training.plan import Plan, require_disk
 from .training.presets import PRESETS, Room
 from .training.prompts import STYLES
-from .training.ranks import ALONE, Ranks, SaidByTheFirst, divides, gathered, launched, require_shares
+from .training.ranks import (
+    ALONE,
+    Ranks,
+    SaidByTheFirst,
+    gathered,
+    launched,
+    launched_to_divide,
+    require_shares,
+)
 from .training.settings import OWN, Settings, read_config, to_toml
 from .training.sharding import require_dividable
 from .training.tuning import MEMORY_FORMATS
@@ -219,7 +227,7 @@ def _room(options: argparse.Namespace, config: Mapping[str, Any]) -> Room:
         free = round(gib * GIB)
     elif processes > 1 and _on_cpu(options.device or config.get("device")):
         free = free_memory(torch.device("cpu")) // processes
-    return Room(free, options.preset, processes, processes if divides() else 1)
+    return Room(free, options.preset, processes, processes if launched_to_divide() else 1)
 
 
 def _make_cache(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import logging
@@ -331,7 +330,7 @@ def _used_alike(
         clip_skip=spec.clip_skip if spec and asked.clip_skip is None else asked.clip_skip,
         cfg_rescale=spec.cfg_rescale if spec and asked.cfg_rescale is None else asked.cfg_rescale,
     )
-    return dataclasses.replace(used, resolution=sizes[0]), {
+    return replace(used, resolution=sizes[0]), {
         name: with_prompting(student, embeddings=asked.embedding) for name, student in students.items()
     }
 

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -669,7 +670,13 @@ def freeze_fast_features(cond_proj: Parameter) -> None:
     """Let the projection's columns of fast features of w learn nothing (see ``smooth_features``)."""
     if cond_proj.grad is not None:
         gradient = own(cond_proj.grad)
-        gradient.mul_(smooth_features().to(gradient))
+        gradient.mul_(_smooth_features(gradient.device))
+
+
+@cache
+def _smooth_features(device: torch.device) -> Tensor:
+    """Where gradients are, once: no copy to the device in every update."""
+    return smooth_features().to(device)
 
 
 def show(

@@ -182,7 +182,7 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def divides() -> bool:
+def launched_to_divide() -> bool:
     """Whether this run was launched to divide what it trains (by FSDP2)."""
     return launched() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
@@ -194,7 +194,7 @@ def gathered(*, cpu: bool) -> Ranks:
     from accelerate import PartialState
 
     state = PartialState(cpu=cpu, timeout=PATIENCE)
-    return Ranks(state.process_index, state.num_processes, state.device or "cpu", divides())
+    return Ranks(state.process_index, state.num_processes, state.device or "cpu", launched_to_divide())
 
 
 def is_divided(value: Tensor) -> bool:
